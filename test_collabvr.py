@@ -18,10 +18,11 @@ import threading
 import time
 from pathlib import Path
 
-import collabvr as c
 import numpy as np
 import pytest
 from PIL import Image
+
+import collabvr as c
 
 ROOT = Path(c.__file__).parent
 TINY_WAN = ROOT / "examples" / "maze" / "tiny-wan"
@@ -566,7 +567,7 @@ def test_a_picture_of_absurd_size_is_refused(tmp_path, capsys):
 
 
 def test_importing_and_help_need_no_heavy_package():
-    heavy = "torch diffusers transformers openai numpy imageio av PIL".split()
+    heavy = ["torch", "diffusers", "transformers", "openai", "numpy", "imageio", "av", "PIL"]
     code = f"import sys, collabvr; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
     status, out, _ = cli("--help")

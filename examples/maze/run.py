@@ -1,11 +1,12 @@
 """The main job, offline: a maze picture and a task go through collabvr.py's own main().
 
-    python examples/maze/run.py                      a held-out 6x6 maze with three straight segments
-    python examples/maze/run.py --seed 3 --out DIR   any option of collabvr.py goes on to it
-    python examples/maze/run.py --maze-seed 7        another maze; --image and --task bring your own
+    python examples/maze/run.py                      a 6x6 maze with three straight segments
+    python examples/maze/run.py --maze-seed 7        another one
+    python examples/maze/run.py --image maze.png     your own, square, 16 pixels a cell
 
-The planner, verifier and router are asked over HTTP, at an endpoint that this script starts (vlm.py);
-the clips come from diffusers' WanImageToVideoPipeline with the checkpoint in tiny-wan/.
+Any other option goes on to collabvr.py. The planner, verifier and router are asked over HTTP, at an
+endpoint that this script starts (vlm.py); the clips come from diffusers' WanImageToVideoPipeline
+with the checkpoint in tiny-wan/.
 """
 
 from __future__ import annotations
@@ -19,52 +20,43 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-import collabvr  # noqa: E402
-import numpy as np  # noqa: E402
-import vlm  # noqa: E402
-import world  # noqa: E402
+import imageio.v3 as iio
+import numpy as np
+import vlm
+import world
+
+import collabvr
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/maze-<maze seed>)")
-    parser.add_argument("--maze-seed", type=int, default=1, help="which maze (default: 1)")
-    parser.add_argument("--image", help="a maze picture of your own, 16 pixels a cell")
+    """Exit status of collabvr.main."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="run folder (runs/maze-SEED, or collabvr.py's default)")
+    parser.add_argument("--maze-seed", type=int, default=1, help="which maze (1)")
+    parser.add_argument("--image", help="a maze picture of your own instead")
     parser.add_argument("--task", help="what is to be done in it")
     args, others = parser.parse_known_args(argv)
-    out = args.out or Path("runs") / f"maze-{args.maze_seed}"
 
     with tempfile.TemporaryDirectory() as folder, vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        image, task = args.image, args.task
+        maze, image, out, circle, goal = None, args.image, args.out, "circle", "goal square"
         if image is None:
             maze = world.make(6, 3, np.random.default_rng([2026, args.maze_seed]))
-            image = str(Path(folder) / "maze.png")
-            save(world.draw(maze), image)
-            circle, goal = world.colour_word(maze.look.circle), world.colour_word(maze.look.goal)
-            task = task or f"Move the {circle} circle through the maze to the {goal} square without crossing walls."
+            image, out = str(Path(folder, "maze.png")), out or f"runs/maze-{args.maze_seed}"
+            iio.imwrite(image, world.draw(maze))
+            circle = f"{world.colour_word(maze.look.circle)} circle"
+            goal = f"{world.colour_word(maze.look.goal)} square"
         status = collabvr.main([
-            "--image", image, "--task", task or "Move the circle through the maze to the goal square without crossing walls.",
-            "--out", str(out), "--vlm", vlm.MODEL, "--vlm-url", f"http://127.0.0.1:{server.server_port}/v1",
+            "--image", image, "--task", args.task or f"Move the {circle} through the maze to the "
+            f"{goal} without crossing walls.", *(["--out", out] if out else []),
+            "--vlm", vlm.MODEL, "--vlm-url", f"http://127.0.0.1:{server.server_port}/v1",
             "--vgm", str(HERE / "tiny-wan"), *others])
         server.shutdown()
-    if status == 0 and args.image is None and "--dry-run" not in others:
-        judge(out / "video.mp4", maze)
+    if status == 0 and maze and Path(out, "video.mp4").exists():
+        s = world.score(iio.imread(Path(out, "video.mp4"), plugin="pyav"), maze)
+        print(f"by rule    {'solved' if s.solved else 'not solved'}, {s.progress:.0%} of the way")
     return status
-
-
-def save(frame, path) -> None:
-    from PIL import Image
-
-    Image.fromarray(frame).save(path)
-
-
-def judge(video: Path, maze: world.Maze) -> None:
-    """The score by the world's own rule, which no model has seen."""
-    import imageio.v3 as iio
-
-    s = world.score(iio.imread(video, plugin="pyav"), maze)
-    print(f"by rule    {'solved' if s.solved else 'not solved'}: {s.progress:.0%} of the way")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import world
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 NUM_FRAMES, FPS = 17, 8
 BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]  # cells a side, whole clips in a batch of the VAE: about equal pixels
 KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
-WORDS = "zero one two three four five six seven eight".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 # ------------------------------------------------------------------------------------------- what it is trained on
@@ -265,7 +270,7 @@ def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
                       pad_token_id=0, decoder_start_token_id=0)
     return torch.nn.ModuleDict({
         "text_encoder": UMT5EncoderModel(text),
-        "transformer": WanTransformer3DModel(num_attention_heads=6, attention_head_dim=32, in_channels=36, out_channels=16, text_dim=64,
+        "transformer": WanTransformer3DModel(num_attention_heads=3, attention_head_dim=64, in_channels=36, out_channels=16, text_dim=64,
                                              freq_dim=64, ffn_dim=768, num_layers=6, rope_max_seq_len=64),
     })
 
@@ -282,7 +287,7 @@ def train_denoiser(args, vae, rows):
     for i in run.steps():
         rng, noise_rng = np.random.default_rng([args.seed, 4, i]), torch.Generator().manual_seed(i)
         n = int(rng.integers(4, 9))
-        batch = [by_size[n][k] for k in rng.integers(0, len(by_size[n]), 1152 // n**2)]
+        batch = [by_size[n][k] for k in rng.integers(0, len(by_size[n]), 864 // n**2)]
         x = (torch.stack([r["x"] for r in batch]).float() - mean) / std
         condition = (torch.stack([r["condition"] for r in batch]).float() - mean) / std
         u = torch.rand(len(x), 1, 1, 1, 1, generator=noise_rng)
@@ -358,9 +363,9 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder for checkpoints and latents")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-wan", help="the finished diffusers folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-iterations", type=int, default=3000)
-    parser.add_argument("--clips", type=int, default=8000, help="size of the transformer's training set")
-    parser.add_argument("--iterations", type=int, default=3500, help="of the transformer")
+    parser.add_argument("--vae-iterations", type=int, default=2700)
+    parser.add_argument("--clips", type=int, default=7000, help="size of the transformer's training set")
+    parser.add_argument("--iterations", type=int, default=3200, help="of the transformer")
     parser.add_argument("--sampling-steps", type=int, default=12)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

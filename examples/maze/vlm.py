@@ -2,7 +2,7 @@
 
 It is no vision-language model and says so: a rule-based reader of pixels that answers the planner,
 the verifier and the failure router of collabvr.py in JSON. It sees only what a VLM would see, the
-texts and the pictures of the request: no maze, no seed, no file. POST /v1/chat/completions, GET /v1/models.
+texts and the pictures of a request. POST /v1/chat/completions, GET /v1/models, standard errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -22,53 +22,56 @@ import world
 from PIL import Image
 
 MODEL = "maze-reader"
-NOTE = "a rule-based reader of pixels, no vision-language model"
+NOTE = "a rule-based reader of pixels, not a vision-language model"
 
 
-# ------------------------------------------------------------------------------ what is in a request
+# --------------------------------------------------------------------------- what a request holds
 
 
 @dataclass
 class Request:
-    """A chat request, taken apart: lines of text, and pictures under the text that precedes them."""
+    """A chat request, taken apart: lines of text, and pictures with the line above them."""
 
-    instructions: str
-    lines: list[str]
-    pictures: list[tuple[str, np.ndarray]]
+    instructions: str = ""
+    lines: list[str] = field(default_factory=list)
+    pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
-    def value(self, label: str, default: str = "") -> str:
-        """What follows `label: ` in the last line that starts so."""
-        found = [line[len(label) + 2 :] for line in self.lines if line.startswith(f"{label}: ")]
-        return found[-1] if found else default
+    def value(self, label: str) -> str:
+        """What follows `label: ` in the last line that starts so; '' if none does."""
+        found = [x[len(label) + 2 :] for x in self.lines if x.startswith(f"{label}: ")]
+        return found[-1] if found else ""
+
+    def under(self, *labels: str) -> list[np.ndarray]:
+        """The pictures whose line above starts with one of the labels."""
+        return [p for above, p in self.pictures if above.startswith(labels)]
 
     def clip(self) -> list[np.ndarray]:
-        """The frames of the clip that the request is about, which stand at its end."""
-        return [p for label, p in self.pictures if label.startswith(("Frame at", "Clip to check", "Failed clip"))]
+        """The frames of the clip that the request is about."""
+        return self.under("Frame at", "Clip to check", "Failed clip")
 
 
 def parse(body: dict) -> Request:
-    """Raises ValueError if the request is none."""
-    if not isinstance(body, dict) or not isinstance(body.get("messages"), list):
-        raise ValueError("messages must be a list")
-    request = Request("", [], [])
+    """Takes a request apart. Raises ValueError, KeyError or TypeError if it is none."""
+    request = Request()
     for message in body["messages"]:
-        content = message.get("content") or ""
-        if message.get("role") == "system":
+        content = message["content"]
+        if message["role"] == "system":
             request.instructions += content
             continue
         for piece in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if piece["type"] == "text":
                 request.lines.append(piece["text"])
             elif piece["type"] in ("image_url", "video_url"):
-                label = request.lines[-1] if request.lines else ""
-                request.pictures += [(label, p) for p in pictures(piece[piece["type"]]["url"])]
+                above = request.lines[-1] if request.lines else ""
+                seen = pictures(piece[piece["type"]]["url"])
+                request.pictures += [(above, picture) for picture in seen]
             else:
                 raise ValueError(f"content of type {piece['type']!r} is not understood")
     return request
 
 
 def pictures(url: str) -> list[np.ndarray]:
-    """The picture, or the frames of the video, in a data URL."""
+    """The picture, or all frames of the video, in a data URL."""
     head, _, data = url.partition(";base64,")
     if not head.startswith("data:"):
         raise ValueError("only data: URLs are understood")
@@ -80,16 +83,20 @@ def pictures(url: str) -> list[np.ndarray]:
     return [np.array(Image.open(io.BytesIO(raw)).convert("RGB"))]
 
 
-# -------------------------------------------------------------------------------------- the three roles
+# ------------------------------------------------------------------------------- the three roles
 
 
 class Scene:
     """What the input picture shows, and words for it."""
 
     def __init__(self, request: Request):
-        self.first = world.read(dict(request.pictures)["Input image:"])
-        self.thing = f"the {world.colour_word(self.first.circle_colour)} circle"
+        self.first = world.read(request.under("Input image")[0])
+        self.circle = f"the {world.colour_word(self.first.circle_colour)} circle"
         self.goal = f"the {world.colour_word(self.first.goal_colour)} square"
+        self.start = self.first.circle
+
+    def find(self, frame) -> world.Reading:
+        return world.read(frame, like=self.first)
 
     def cell(self, place) -> tuple[int, int]:
         """The corridor cell nearest to a place."""
@@ -100,141 +107,159 @@ class Scene:
         return world.shortest_path(self.first.open, self.cell(a), self.cell(b))
 
     def move(self, direction: str, k: int) -> str:
-        return f"Move {self.thing} {direction} {k} {'cell' if k == 1 else 'cells'}"
+        return f"Move {self.circle} {direction} {k} {'cell' if k == 1 else 'cells'}"
+
+
+def name(cell) -> str:
+    return f"row {cell[0] + 1}, column {cell[1] + 1}"
 
 
 def planner(request: Request) -> dict:
-    """One straight segment a step; on the last allowed step whatever is left."""
+    """One straight segment a step, a shorter one after a rejection if steps are left for it; on
+    the last allowed step all that remains."""
     scene = Scene(request)
-    last_frames = [p for label, p in request.pictures if label.startswith("Last frame")]
-    now = world.read(last_frames[-1], like=scene.first).circle if last_frames else scene.first.circle
-    if now is None:
-        now = scene.first.circle
+    last = request.under("Last frame")
+    now = scene.cell((scene.find(last[-1]).circle if last else None) or scene.start)
     step, cap = map(int, re.findall(r"\d+", request.value("Step"))[:2])
-    left = world.segments(scene.path(now, scene.first.goal))
-    row, column = np.add(scene.cell(now), 1)
-    seen = f"{scene.thing[4:].capitalize()} in row {row}, column {column}; {scene.goal[4:]} in row "
-    seen += f"{scene.first.goal[0] + 1}, column {scene.first.goal[1] + 1}."
+    goal = scene.first.goal
+    left = world.segments(scene.path(now, goal))
+    reply = {
+        "observation": f"{scene.circle} is in {name(now)}, {scene.goal} in {name(goal)}.",
+        "remaining_goal": ", then ".join(f"{k} {direction}" for direction, k in left) or "nothing",
+        "task_complete": not left, "instruction": "", "target_state": "",
+        "estimated_steps_remaining": len(left)}
     if not left:
-        return dict(observation=seen, remaining_goal="Nothing.", task_complete=True, instruction="", target_state="",
-                    estimated_steps_remaining=0)
-    remaining = "Then ".join(f"{d} {k}, " for d, k in left).rstrip(", ") + f" to {scene.goal}."
+        return reply
     direction, k = left[0]
-    failed = request.lines and any("rejected" in line for line in request.lines[-6:] if line.startswith(f"Step {step - 1}:"))
-    if failed and k > 1 and len(left) < cap - step + 1:
-        k, left = math.ceil(k / 2), [left[0], *left]  # the step failed as it was: a shorter one
+    before = [x for x in request.lines if x.startswith(f"Step {step - 1}:")]
+    if k > 1 and "Outcome: rejected" in "".join(before) and len(left) < cap - step + 1:
+        k, reply["estimated_steps_remaining"] = math.ceil(k / 2), len(left) + 1
+    reply["instruction"] = f"{scene.move(direction, k)}."
+    target = np.add(now, np.multiply(world.MOVES[direction], k))
     if step == cap and len(left) > 1:
-        instruction, target = f"Move {scene.thing} to {scene.goal}.", scene.first.goal
-    else:
-        instruction = f"{scene.move(direction, k)}."
-        target = tuple(np.add(scene.cell(now), np.multiply(world.MOVES[direction], k)))
-    state = f"{scene.thing.capitalize()} is in row {target[0] + 1}, column {target[1] + 1} (counted from 1 at the top left)."
-    return dict(observation=seen, remaining_goal=remaining, task_complete=False, instruction=instruction, target_state=state,
-                estimated_steps_remaining=1 if step == cap else len(left))
+        reply["instruction"], target = f"Move {scene.circle} to {scene.goal}.", goal
+        reply["estimated_steps_remaining"] = 1
+    reply["target_state"] = f"{scene.circle} is in {name(target)}, counted from 1 at the top left."
+    return reply
 
 
 def verifier(request: Request) -> dict:
-    """Follows the circle: one circle, in the corridors, along the way to the target state, not past it."""
+    """Follows the circle: one of it, in the corridors, on the way to the target and not past it."""
     scene = Scene(request)
-    places = [world.read(frame, like=scene.first) for frame in request.clip()]
+    places = [scene.find(frame) for frame in request.clip()]
     found = re.search(r"row (\d+), column (\d+)", request.value("Target state"))
     target = (int(found[1]) - 1, int(found[2]) - 1) if found else scene.first.goal
-    begin = places[0].circle or scene.first.circle
+    begin = places[0].circle or scene.start
     path = scene.path(begin, target)
     plan = world.segments(path)
-    order = f"{scene.move(*plan[0])}" if len(plan) == 1 else f"Move {scene.thing} to {scene.goal}"
+    order = scene.move(*plan[0]) if len(plan) == 1 else f"Move {scene.circle} to {scene.goal}"
 
-    def verdict(reason, good, suggestion="", progress="none"):
-        return dict(reason=reason, action_executed=not suggestion, progress=progress, good_fraction=round(good, 3),
-                    suggestion=suggestion, verdict="reject" if suggestion else "accept", confidence=0.9)
+    def verdict(reason: str, right: int, suggestion: str = "", progress: str = "none") -> dict:
+        return {"reason": reason, "action_executed": not suggestion, "progress": progress,
+                "good_fraction": round(right / (len(places) - 1), 3), "suggestion": suggestion,
+                "verdict": "reject" if suggestion else "accept", "confidence": 0.9}
 
-    if not plan:
-        return verdict("The circle is where it should be.", 1.0, progress="complete")
-    along = np.zeros(len(places))  # cells along the path
+    before = begin
     for i, place in enumerate(places):
-        good = max(0, i - 1) / (len(places) - 1)
-        if place.circles != 1 or place.circle is None:
+        right = max(0, i - 2)  # the last frame that is surely free of the error
+        if place.circles != 1:
             if i + 1 < len(places) and places[i + 1].circles == 1:
-                along[i] = along[i - 1]  # a flicker of one frame
-                continue
-            seen = "no circle" if place.circle is None else f"{place.circles} circles"
-            return verdict(f"There are {seen} from frame {i} on.", good, f"{order} and keep it one whole circle.")
-        if not world.is_open(scene.first.open, np.round(place.circle).astype(int)):
-            return verdict(f"The circle leaves the corridor in frame {i}.", good, f"{order} and keep it inside the corridor.")
-        distance = np.abs(np.array(path) - np.array(place.circle)).sum(1)
-        along[i] = distance.argmin()
-        if distance.min() > 0.75:
-            direction, k = world.segments(scene.path(begin, place.circle))[0]
-            if direction != plan[0][0]:
-                return verdict(f"The circle goes {direction} in frame {i}.", good, f"{scene.move(*plan[0])}, not {direction}.")
-            far = round(float(np.abs(np.subtract(places[-1].circle or place.circle, begin)).sum()))
-            return verdict(f"The circle goes past its target in frame {i}.", good, f"{order}, not {far}.")
-        if i and np.abs(np.subtract(place.circle, places[i - 1].circle or place.circle)).max() > 1.6:
-            return verdict(f"The circle jumps in frame {i}.", good, f"{order} without a jump.")
-    end = scene.cell(places[-1].circle)
+                continue  # one frame that flickers
+            return verdict(f"From frame {i} on there are {place.circles} circles.", right,
+                           f"{order} and keep it one whole circle.")
+        here = place.circle
+        if np.abs(np.subtract(here, before)).max() > 1.6:
+            return verdict(f"The circle jumps in frame {i}.", right, f"{order} without a jump.")
+        if np.abs(np.subtract(here, scene.cell(here))).max() > 0.7:
+            return verdict(f"The circle leaves the corridor in frame {i}.", right,
+                           f"{order} and keep it inside the corridor.")
+        if np.abs(np.subtract(path, here)).sum(1).min() > 0.75:
+            way = world.segments(scene.path(begin, here))
+            if plan and way and way[0][0] != plan[0][0]:
+                return verdict(f"The circle goes {way[0][0]} in frame {i}.", right,
+                               f"{scene.move(*plan[0])}, not {way[0][0]}.")
+            far = len(scene.path(begin, places[-1].circle or here)) - 1
+            return verdict(f"The circle goes past {name(target)} in frame {i}.", right,
+                           f"{order}, not {far}.")
+        before = here
+    end = scene.cell(before)
+    last = len(places) - 1
     if end == tuple(target):
-        return verdict("The circle is where the plan wants it.", 1.0, progress="complete")
-    if along[-1] < 1:
-        return verdict("The circle does not get to the next cell.", 0.0, f"{order}, not 0.")
-    return verdict(f"The circle goes the right way, {int(along[-1])} of {len(path) - 1} cells.", 1.0, progress="partial")
+        return verdict(f"The circle ends in {name(end)}, as planned.", last, progress="complete")
+    if end == scene.cell(begin):
+        return verdict("The circle does not reach the next cell.", 0, f"{order}, not 0.")
+    far = len(scene.path(begin, end)) - 1
+    return verdict(f"The circle goes the right way, {far} of {len(path) - 1} cells.", last,
+                   progress="partial")
 
 
 def router(request: Request) -> dict:
-    """regen while a good part is worth keeping, else split, else the fallback for what one clip can hold."""
-    scene, allowed = Scene(request), request.value("Allowed actions").split(", ")
-    frames, good = request.clip(), float(request.value("Good fraction", "0"))
-    asked = re.search(r"(up|down|left|right) (\d+) cells?", request.value("Suggestion"))
-    if good < 0.2 and "split" in allowed:
-        return dict(reason="Hardly anything of the clip is right.", action="split", estimated_steps=2,
-                    suggestion="Move the circle in shorter pieces.")
-    begin = world.read(frames[0], like=scene.first).circle or scene.first.circle
-    kept = world.read(frames[math.floor(good * (len(frames) - 1))], like=scene.first).circle or begin
-    if good < 0.2 and len(world.segments(scene.path(scene.first.circle, scene.first.goal))) <= 2:
-        return dict(reason="The whole way is short.", action="fallback", estimated_steps=0, suggestion="One clip for all of it.")
+    """regen if some of the clip is right; else split, or fallback if the whole way is short."""
+    scene, frames = Scene(request), request.clip()
+    allowed, right = request.value("Allowed actions"), float(request.value("Good fraction"))
+    if right < 0.2 and "split" in allowed:
+        return {"reason": "Hardly anything of the clip is right.", "action": "split",
+                "suggestion": "Move the circle in shorter pieces.", "estimated_steps": 2}
+    if right < 0.2 and len(world.segments(scene.path(scene.start, scene.first.goal))) <= 2:
+        return {"reason": "The whole way is short.", "action": "fallback",
+                "suggestion": "All of it in one clip.", "estimated_steps": 0}
+    begin = scene.find(frames[0]).circle or scene.start
+    kept = scene.find(frames[math.floor(right * (len(frames) - 1))]).circle or begin
     suggestion = request.value("Suggestion")
+    asked = re.search(r"(up|down|left|right) (\d+) cells?", suggestion)
     if asked:
-        done = round(float(np.abs(np.subtract(scene.cell(kept), scene.cell(begin))).sum()))
-        k = max(1, int(asked[2]) - done)
-        suggestion = f"From here m{scene.move(asked[1], k)[1:]} and stop."
-    return dict(reason=f"The first {good:.0%} of the clip are right.", action="regen", estimated_steps=0, suggestion=suggestion)
+        k = int(asked[2]) - (len(scene.path(begin, kept)) - 1)
+        suggestion = f"From here m{scene.move(asked[1], max(1, k))[1:]} and stop."
+    return {"reason": f"The first {right:.0%} of the clip is right.", "action": "regen",
+            "suggestion": suggestion, "estimated_steps": 0}
 
 
 def answer(request: Request) -> dict:
-    """The reply of the role that the instructions describe."""
-    for mark, role in ("estimated_steps_remaining", planner), ("verdict", verifier), ("regen", router):
+    """The reply of the role that the instructions describe. Raises ValueError if they do not."""
+    roles = {"estimated_steps_remaining": planner, "verdict": verifier, "fallback": router}
+    for mark, role in roles.items():
         if mark in request.instructions:
             return role(request)
-    raise ValueError("the instructions describe none of the roles: planner, verifier, failure router")
+    raise ValueError("the instructions describe neither planner nor verifier nor failure router")
 
 
-# ------------------------------------------------------------------------------------------------ HTTP
+# ------------------------------------------------------------------------------------------ HTTP
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The two paths of the OpenAI API that collabvr.py uses, with the API's error bodies."""
+    """The two paths of the OpenAI API that collabvr.py uses, with that API's error bodies."""
 
     def do_GET(self):
-        if self.path.rstrip("/") != "/v1/models":
-            return self.send(404, error(f"no such path: {self.path}"))
-        self.send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 0, "owned_by": NOTE}]})
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": NOTE}
+        if self.path.rstrip("/") == "/v1/models":
+            self.send(200, {"object": "list", "data": [model]})
+        else:
+            self.fail(404, f"no such path: {self.path}")
 
     def do_POST(self):
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path.rstrip("/") != "/v1/chat/completions":
-            return self.send(404, error(f"no such path: {self.path}"))
+            return self.fail(404, f"no such path: {self.path}")
         try:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            body = json.loads(raw)
+            if body["model"] != MODEL:
+                return self.fail(404, f"no model {body['model']!r}: use {MODEL!r}", "not_found")
             request = parse(body)
-            if body.get("model") != MODEL:
-                return self.send(404, error(f"the model {body.get('model')!r} does not exist; there is {MODEL!r}", "model_not_found"))
             text = json.dumps(answer(request))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
-            return self.send(400, error(f"{type(fault).__name__}: {fault}"))
-        words = sum(map(len, request.lines)) + len(request.instructions)
-        used = {"prompt_tokens": words // 4 + 258 * len(request.pictures), "completion_tokens": len(text) // 4}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as fault:
+            return self.fail(400, f"{type(fault).__name__}: {fault}")
+        read = (sum(map(len, request.lines)) + len(request.instructions)) // 4
+        used = {"prompt_tokens": read + 258 * len(request.pictures),  # as Gemini counts pictures
+                "completion_tokens": len(text) // 4}
+        message = {"role": "assistant", "content": text}
         self.send(200, {
-            "id": "chatcmpl-maze", "object": "chat.completion", "created": int(time.time()), "model": MODEL,
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": used | {"total_tokens": sum(used.values())}})
+            "id": "chatcmpl-maze", "object": "chat.completion", "created": int(time.time()),
+            "model": MODEL, "usage": used | {"total_tokens": sum(used.values())},
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+
+    def fail(self, status: int, message: str, code: str | None = None):
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        self.send(status, {"error": error})
 
     def send(self, status: int, body: dict):
         data = json.dumps(body).encode()
@@ -245,24 +270,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *args):
-        pass
-
-
-def error(message: str, code: str | None = None) -> dict:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+        """Quiet: collabvr.py logs each call."""
 
 
 def serve(port: int = 0) -> ThreadingHTTPServer:
-    """A server on 127.0.0.1; port 0 takes a free one."""
+    """A server on 127.0.0.1 that waits for serve_forever(); port 0 takes a free one."""
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
     with serve(parser.parse_args().port) as server:
         print(f"{MODEL} ({NOTE}) at http://127.0.0.1:{server.server_port}/v1", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            pass
+            print("stopped")

@@ -7,8 +7,10 @@ Only numpy is used, and nothing of collabvr.py.
 """
 from __future__ import annotations
 
+import colorsys
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -174,3 +176,247 @@ def walk(path, num_frames: int, arrive: float = 0.9) -> list:
 def film(maze: Maze, path, num_frames: int = 17) -> np.ndarray:
     """A video of that walk, uint8 (num_frames, 16 n, 16 n, 3)."""
     return np.stack([draw(maze, at) for at in walk(path, num_frames)])
+
+
+# ------------------------------------------------------------------------------------------------------------- read
+
+
+BLEND = 3  # pixels that blur reaches to either side of a border
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows: a grid, things on it, and their colours as RGB."""
+
+    open: np.ndarray  # bool (n, n), True for corridor
+    circle: tuple | None  # (row, col) of its centre in cells; None if it cannot be seen
+    circles: int  # how many separate blobs have the circle's colour
+    goal: tuple | None
+    wall: tuple
+    floor: tuple
+    circle_colour: tuple
+    goal_colour: tuple
+
+
+def read(image: np.ndarray, like: Reading | None = None) -> Reading:
+    """Read a maze drawn in any colours from uint8 (16 n, 16 n, 3), n from 3 to 16; blur and noise of a generator may be on it.
+
+    like: the reading of the task's first picture. Its colours and goal are kept, so that the circle may hide the goal.
+    """
+    n = len(image) // CELL
+    if image.dtype != np.uint8 or image.shape != (n * CELL, n * CELL, 3) or not 3 <= n <= 16:
+        raise ValueError(f"a maze picture is uint8, square, 3 to 16 cells of {CELL} pixels a side, not {image.dtype} {image.shape}")
+    if like and len(like.open) != n:
+        raise ValueError(f"the picture is {n} cells wide, but the task's first picture is {len(like.open)}")
+    pixels = image.astype(np.float32)
+    goal, *colours = (like.goal, like.wall, like.floor, like.circle_colour, like.goal_colour) if like else learn(pixels)
+    names = distances(pixels, colours).argmin(-1)  # of each pixel: 0 wall, 1 floor, 2 circle, 3 goal
+    open = open_cells(pixels, *colours[:2])
+    open[goal] = True  # its corners may be hidden
+    if not like and ((names == 1) == open.repeat(CELL, 0).repeat(CELL, 1))[names < 2].mean() < 0.93:
+        raise ValueError(f"the picture shows no grid of {CELL}-pixel cells")
+    found = blobs((names == 2) & foreign(pixels, *colours[:2]))
+    found = [blob for blob in found if len(blob) >= max(14, 0.3 * len(found[0]))]  # smaller ones are smears
+    return Reading(open, centre(found[0]) if found else None, len(found), goal, *colours)
+
+
+def learn(pixels: np.ndarray) -> tuple:
+    """(goal cell, wall, floor, circle's colour, goal's colour) of a picture of which nothing is known."""
+    backgrounds = two_colours(corners(pixels).reshape(-1, 3))
+    if contrast(*backgrounds) < 30:
+        raise ValueError("the picture does not show two backgrounds, wall and corridor")
+    backgrounds = settle(pixels, backgrounds)  # blur reaches the corners, hardly the rest
+    mask = foreign(pixels, *backgrounds)
+    pieces = [piece[np.square(piece - piece.mean(0)).sum(1).argsort()] for piece in blobs(solid(mask))]
+    if not pieces:
+        raise ValueError("the picture shows no circle and no goal square")
+    things = two_colours(np.concatenate([pixels[tuple(piece[: 16 if len(pieces) > 1 else None].T)] for piece in pieces]))
+    names = np.where(mask, distances(pixels, [*backgrounds, *things]).argmin(-1), 0)
+    floors = backgrounds[open_cells(pixels, *backgrounds).astype(int)]
+    shapes = []
+    for i in (2, 3):
+        for blob in blobs(names == i)[:1]:
+            cell = tuple(round(x) for x in centre(blob))
+            shapes.append((squareness(pixels, floors[cell], things[i - 2], blob), centre(blob), things[i - 2]))
+    shapes.sort(key=lambda shape: shape[0])
+    if len(shapes) < 2 or shapes[0][0] > 0.9:
+        raise ValueError("the picture does not show one circle and one goal square")
+    (_, place, circle), (_, goal, goal_colour) = shapes
+    cell = tuple(round(x) for x in place)
+    if not open_cells(pixels, *backgrounds)[cell]:  # a circle stands on floor
+        backgrounds = backgrounds[::-1]
+    return tuple(round(x) for x in goal), *map(tuple, (*backgrounds, circle, goal_colour))
+
+
+def corners(pixels: np.ndarray) -> np.ndarray:
+    """Mean colours (n, n, 4, 3) near the four corners of each cell, where its background shows: a circle that is centred
+    in the cell hides none of them, one between two cells at most two. The outermost pixels are left out because of blur."""
+    n = len(pixels) // CELL
+    cells = pixels.reshape(n, CELL, n, CELL, 3).swapaxes(1, 2)
+    ends = slice(1, 3), slice(CELL - 3, CELL - 1)
+    return np.stack([cells[:, :, a, b].mean((2, 3)) for a in ends for b in ends], 2)
+
+
+def open_cells(pixels: np.ndarray, wall, floor) -> np.ndarray:
+    """Which cells have floor in their corners, bool (n, n). The cap makes hidden corners abstain."""
+    cost = np.minimum(distances(corners(pixels), [wall, floor]), contrast(wall, floor) / 2).sum(2)
+    return cost[..., 1] < cost[..., 0]
+
+
+def foreign(pixels: np.ndarray, wall, floor) -> np.ndarray:
+    """The pixels, bool (16 n, 16 n), that are neither wall nor floor nor, near a border of the two, a blend of them."""
+    open, i = open_cells(pixels, wall, floor).repeat(CELL, 0).repeat(CELL, 1), np.arange(len(pixels))
+    ends = np.maximum(i - BLEND, 0), np.minimum(i + BLEND, len(pixels) - 1)
+    border = np.any([open[np.ix_(a, b)] != open for a in ends for b in ends], 0)
+    wall, way = np.float32(wall), np.subtract(floor, wall, dtype=np.float32)
+    share = np.clip((pixels - wall) @ way / (way @ way), 0, 1)
+    share = np.where(border, share, share.round())
+    return np.linalg.norm(pixels - wall - share[..., None] * way, axis=-1) > 35
+
+
+def distances(pixels: np.ndarray, colours) -> np.ndarray:
+    """How far pixels (.., 3) are from each of k colours, (.., k)."""
+    return np.stack([np.sqrt(np.square(pixels - np.float32(c)).sum(-1)) for c in colours], -1)
+
+
+def two_colours(samples: np.ndarray) -> np.ndarray:
+    """The two colours (2, 3) that explain most of the samples (k, 3), RGB in whole numbers; outliers hardly count."""
+    picks = samples[:1]
+    for _ in range(7):  # the sample farthest from all others so far: every colour present gets its turn
+        picks = np.r_[picks, samples[distances(samples, picks).min(-1).argmax()][None]]
+    for _ in range(3):  # to the middle of the samples near it
+        picks = np.stack([np.median(samples[near], 0) for near in (distances(samples, picks) <= 30).T if near.any()])
+    far = np.minimum(distances(samples, picks), 60)
+    pair = picks[list(min(combinations(range(len(picks)), 2), key=lambda ij: far[:, ij].min(-1).sum()))]
+    return settle(samples, pair)
+
+
+def settle(samples: np.ndarray, pair: np.ndarray) -> np.ndarray:
+    """Two colours moved to the medians of the samples near them, RGB in whole numbers (2, 3)."""
+    for _ in range(3):
+        far = distances(samples, pair)
+        groups = [samples[(far.argmin(-1) == i) & (far[..., i] < 60)] for i in (0, 1)]
+        pair = np.stack([np.median(g, 0) if len(g) else c for g, c in zip(groups, pair)])
+    return pair.round().astype(int)
+
+
+def solid(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that have at most one of their eight neighbours outside: drops the thin blends along edges."""
+    padded = np.pad(mask.astype(int), 1)
+    n, m = mask.shape
+    return mask & (sum(padded[i : i + n, j : j + m] for i in range(3) for j in range(3)) >= 8)
+
+
+def blobs(mask: np.ndarray) -> list:
+    """The connected pieces of a mask, as (row, column) arrays (k, 2) in pixels, largest first; what is not solid separates
+    them, but counts as their rim."""
+    whole, left = ({tuple(p) for p in np.argwhere(m).tolist()} for m in (mask, solid(mask)))
+    out = []
+    while left:
+        todo, blob = [left.pop()], set()
+        while todo:
+            r, c = todo.pop()
+            around = {(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+            blob |= around & whole
+            todo.extend(around & left)
+            left -= around
+        out.append(np.array(sorted(blob)))
+    return sorted(out, key=len, reverse=True)
+
+
+def centre(blob: np.ndarray) -> tuple:
+    """The centre of a blob (row, column) in cells."""
+    return tuple(((blob.mean(0) + 0.5) / CELL - 0.5).tolist())
+
+
+def squareness(pixels: np.ndarray, floor, colour, blob: np.ndarray) -> float:
+    """E[x^2 y^2] / E[x^2] E[y^2] of a blob: 1 for an upright square of any size, 2/3 for a disc.
+
+    Its pixels count by how much of its colour is in them, since so few that those on the rim decide.
+    """
+    (top, left), (bottom, right) = np.maximum(blob.min(0) - 1, 0), blob.max(0) + 2
+    way = np.subtract(colour, floor, dtype=float)
+    share = np.clip(2 * (pixels[top:bottom, left:right] - floor) @ way / (way @ way) - 0.5, 0, 1)
+    y, x = (np.square(z - np.average(z, weights=share)) for z in np.indices(share.shape))
+    mean = [np.average(z, weights=share) for z in (x * y, x, y)]
+    return float(mean[0] / (mean[1] * mean[2]))
+
+
+def colour_word(rgb) -> str:
+    """A plain English word for a colour, by its hue (degrees), saturation and value."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(float(c) / 255 for c in rgb))
+    hue *= 360
+    if value < 0.2:
+        return "black"
+    if saturation < 0.2 or saturation * value < 0.14:
+        return "white" if value > 0.87 else "grey"
+    if 8 < hue < 50 and (value < 0.65 or (saturation < 0.55 and value < 0.87)):
+        return "brown"
+    if (hue < 20 or hue > 345) and saturation < 0.5 and value > 0.7:
+        return "pink"
+    if 255 <= hue < 345:
+        return "pink" if hue > 290 and value > 0.75 else "purple"
+    return next(word for end, word in [(16, "red"), (39, "orange"), (68, "yellow"), (165, "green"), (200, "cyan"), (255, "blue"),
+                                       (361, "red")] if hue < end)
+
+
+# ------------------------------------------------------------------------------------------------------------ score
+
+
+JUMP = 1.6  # cells: farther from one frame to the next is no movement
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a video is worth by rule. A frame is clean when it shows exactly one circle; places come from clean frames only."""
+
+    progress: float  # 0..1: how far along the shortest path, by its length, the last place is; 0 off the path
+    solved: bool  # the last place is within 0.5 cell of the goal's centre, and none of the three faults below
+    left_corridors: bool  # the centre was in a wall or off the board by more than 0.2 cell, or passed through a wall
+    jumped: bool  # it moved too far between two frames
+    one_circle: bool  # the last frame is clean, and no two frames in a row and no more than a tenth of them are not
+    end: tuple | None  # (row, col) of the last place in cells; None if there is none
+
+
+def track(frames: np.ndarray, first: Reading) -> list:
+    """The readings of all frames of a video, uint8 (T, 16 n, 16 n, 3), by the colours and the goal of the first picture."""
+    return [read(frame, first) for frame in frames]
+
+
+def score(frames: np.ndarray, maze: Maze) -> Score:
+    """Judge a video, uint8 (T, 16 n, 16 n, 3), against the maze it should solve, which alone says where walls are.
+
+    A jump is more than 1.6 cells from one frame to the next, or from maze.start to the first. One flickering frame is
+    forgiven because it is what compression does; a second circle or a vanished one that lasts is a fault.
+    """
+    look, path = maze.look, shortest_path(maze.open, maze.start, maze.goal)
+    first = Reading(maze.open, maze.start, 1, tuple(maze.goal), look.wall, look.floor, look.circle, look.goal)
+    clean = [(t, r.circle) for t, r in enumerate(track(frames, first)) if r.circles == 1]
+    left = jumped = False
+    for (t, a), (u, b) in pairwise([(-1, maze.start), *clean]):
+        jumped |= (jump := contrast(a, b) > JUMP * (u - t))
+        detour = len(shortest_path(maze.open, nearest_open(maze.open, a), nearest_open(maze.open, b))) - 1
+        outside = np.abs(np.subtract(b, nearest_open(maze.open, b))).max() > 0.7
+        left |= bool(outside) or not jump and not 0 <= detour <= max(3, JUMP * (u - t))  # round a wall's end is 4 cells
+    missing = sorted({-1, *range(len(frames))} - {t for t, _ in clean})[1:]
+    one = len(missing) <= len(frames) / 10 and len(frames) - 1 not in missing and 1 not in np.diff(missing)
+    end = clean[-1][1] if clean else None
+    there = bool(clean) and contrast(end, maze.goal) <= 0.5
+    return Score(along(path, end) if end else 0.0, there and one and not (left or jumped), left, jumped, one, end)
+
+
+def nearest_open(open: np.ndarray, place) -> tuple:
+    """The corridor cell whose centre is nearest to a place."""
+    cells = np.argwhere(open)
+    return tuple(cells[np.square(cells - place).sum(1).argmin()].tolist())
+
+
+def along(path: list, place) -> float:
+    """Which share of a path lies before a place on it, 0 if the place is more than 0.5 cell off the path."""
+    if len(path) < 2:
+        return 0.0
+    a, step = np.array(path[:-1], float), np.diff(path, axis=0)
+    t = np.clip(((place - a) * step).sum(1), 0, 1)
+    off = np.hypot(*(a + t[:, None] * step - place).T)
+    i = off.argmin()
+    return float((i + t[i]) / len(step)) if off[i] <= 0.5 else 0.0

@@ -1,0 +1,223 @@
+"""Tests of the examples. The maze world: its pictures can be read back, its rule is strict, and its
+endpoint answers what the pictures show."""
+
+import base64
+import io
+import json
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent / "maze"), str(Path(__file__).parents[1])]
+
+import vlm
+import world
+
+import collabvr as c
+
+
+def mazes(count, pieces=None, seed=0, **look):
+    """Random mazes of 4 to 8 cells a side."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        yield world.make(4 + i % 5, pieces, rng, world.make_look(rng, **look))
+
+
+def worn(frame, rng):
+    """A frame after JPEG and noise, as a generator and an encoder leave it."""
+    noisy = np.clip(frame + rng.normal(0, 5, frame.shape), 0, 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noisy).save(out, "JPEG", quality=80)
+    return np.array(Image.open(out))
+
+
+# ------------------------------------------------------------------------------------ maze/world
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+def test_a_maze_has_as_many_straight_segments_as_asked_for_and_corridors_one_cell_wide(pieces):
+    for maze in mazes(15, pieces):
+        path = world.shortest_path(maze.open, maze.start, maze.goal)
+        assert len(world.segments(path)) == pieces and path[0] == maze.start and path[-1] == maze.goal
+        wide = maze.open[:-1, :-1] & maze.open[1:, :-1] & maze.open[:-1, 1:] & maze.open[1:, 1:]
+        assert not wide.any()
+
+
+def test_what_is_drawn_can_be_read_back_from_worn_pixels():
+    rng, right, names = np.random.default_rng(1), 0, 0
+    for maze in mazes(100):
+        seen = world.read(worn(world.draw(maze), rng))
+        near = np.abs(np.subtract(seen.circle, maze.start)).max() < 0.2 and seen.goal == maze.goal
+        right += bool((seen.open == maze.open).all() and near and seen.circles == 1)
+        names += world.colour_word(seen.circle_colour) == nearest(world.CIRCLES, maze.look.circle)
+    assert right >= 98 and names >= 98
+
+
+def nearest(table, rgb):
+    return min(table, key=lambda name: world.contrast(table[name], rgb))
+
+
+def test_a_picture_that_is_no_maze_is_refused_in_one_sentence():
+    flat = np.full((96, 96, 3), 200, np.uint8)
+    for picture in (flat, np.zeros((50, 96, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)):
+        with pytest.raises(ValueError):
+            world.read(picture)
+
+
+def solved(frames, maze):
+    return world.score(np.stack(frames), maze).solved
+
+
+def test_only_the_whole_way_inside_the_corridors_with_one_circle_counts_as_solved():
+    for maze in mazes(20, 3):
+        path = world.shortest_path(maze.open, maze.start, maze.goal)
+        whole = world.film(maze, path, 33)
+        assert world.score(whole, maze) == world.score(whole, maze)
+        assert solved(whole, maze) and world.score(whole, maze).progress > 0.95
+        assert not solved(world.film(maze, path[:-1], 33), maze)
+        assert not solved(whole[[0, -1]], maze), "a jump"
+        two = world.draw(maze, path[1])
+        both = np.where(np.abs(two - whole[0].astype(int)).max(-1, keepdims=True) > 40, two, whole[0])
+        assert not solved([*whole[:10], both.astype(np.uint8), both.astype(np.uint8), *whole[10:]], maze)
+
+
+def test_a_straight_line_through_the_walls_is_not_solved():
+    tried = 0
+    for maze in mazes(60, 3, seed=3):
+        line = np.linspace(maze.start, maze.goal, 50)[:, None]
+        depth = np.abs(line - np.argwhere(maze.open)).max(-1).min(1).max()  # 0.5: on a wall's edge
+        if depth > 0.8:
+            tried += 1
+            assert not solved(world.film(maze, [maze.start, maze.goal], 33), maze)
+    assert tried > 30
+
+
+# -------------------------------------------------------------------------------------- maze/vlm
+
+
+@pytest.fixture(scope="module")
+def url():
+    with vlm.serve() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+def post(url, body):
+    """(status, JSON) of a chat request."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/chat/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_the_endpoint_lists_its_model_and_says_what_it_is(url):
+    with urllib.request.urlopen(f"{url}/models") as reply:
+        (model,) = json.load(reply)["data"]
+    assert model["id"] == "maze-reader" and "not a vision-language model" in model["owned_by"]
+
+
+def test_what_the_endpoint_cannot_understand_gets_a_standard_error(url):
+    user = [{"role": "user", "content": "hello"}]
+    picture = {"type": "image_url", "image_url": {"url": "http://example.org/x.png"}}
+    for body, status in [
+        (b"{", 400), (b"[]", 400), ({"model": "gpt", "messages": user}, 404), ({"model": vlm.MODEL}, 400),
+        ({"model": vlm.MODEL, "messages": user}, 400),
+        ({"model": vlm.MODEL, "messages": [{"role": "user", "content": [picture]}]}, 400),
+    ]:
+        code, reply = post(url, body)
+        assert code == status and reply["error"]["type"] == "invalid_request_error"
+    raw = base64.b64encode(b"no picture").decode()
+    piece = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{raw}"}}
+    assert post(url, {"model": vlm.MODEL, "messages": [{"role": "user", "content": [piece]}]})[0] == 400
+
+
+CORRIDOR = world.Maze(np.array([[1, 1, 1, 1, 1], [0, 0, 1, 0, 1], [1, 1, 1, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]], bool),
+                      (0, 0), (4, 4))
+
+
+def check(url, path, instruction="Move the red circle right 2 cells.", target="row 1, column 3", frames=None):
+    """The verifier's reply to a film of that path."""
+    film = c.Clip(world.film(CORRIDOR, path) if frames is None else frames, 8)
+    model = c.OpenAIVLM(vlm="maze-reader", vlm_url=url, verify_fps=8)
+    parts = ["Task prompt: t", "Input image:", world.draw(CORRIDOR), f"Planned action: {instruction}",
+             f"Target state: the red circle is in {target}", "Clip to check:", film]
+    text, usage = model(c.CollabVR.VERIFIER, parts, c.Verification)
+    assert usage["tokens_in"] > 258 * 18
+    return c.Verification.model_validate_json(text)
+
+
+def test_the_verifier_accepts_the_plan_done_and_the_plan_half_done(url):
+    assert check(url, [(0, 0), (0, 2)]).progress == "complete"
+    half = check(url, [(0, 0), (0, 1)])
+    assert (half.verdict, half.progress) == ("accept", "partial")
+
+
+@pytest.mark.parametrize("path, suggestion", [
+    ([(0, 0), (0, 4)], "right 2 cells, not 4"), ([(0, 0), (0, 0)], "right 2 cells, not 0"),
+    ([(0, 0), (1, 0)], "inside the corridor"), ([(0, 0), (0, 2), (2, 2)], "right 2 cells, not 4")])
+def test_the_verifier_rejects_what_is_wrong_and_says_what_would_be_right(url, path, suggestion):
+    d = check(url, path)
+    assert d.verdict == "reject" and suggestion in d.suggestion and 0 <= d.good_fraction < 1
+
+
+def test_the_good_fraction_ends_before_the_error(url):
+    path = [(0, 0), (0, 4)]
+    d = check(url, path)
+    places = world.walk(path, 17)
+    k = int(d.good_fraction * 16)
+    assert places[k][1] <= 2.75 and k >= 4
+
+
+def test_the_verifier_sees_a_jump_a_second_circle_and_a_vanished_one(url):
+    film = world.film(CORRIDOR, [(0, 0), (0, 2)])
+    jump = np.concatenate([film[:1]] * 8 + [film[-1:]] * 9)
+    assert "without a jump" in check(url, None, frames=jump).suggestion
+    gone = film.copy()
+    gone[8:] = np.where(np.array(film[8:]) == 0, 0, world.draw(CORRIDOR, (9, 9)))
+    assert "one whole circle" in check(url, None, frames=gone).suggestion
+
+
+# --------------------------------------------------------------------- the loop over real HTTP
+
+
+class Obedient:
+    """A generator that draws what the prompt says, and goes too far in every first attempt."""
+
+    def __init__(self, maze, careless=True):
+        self.maze, self.careless, self.prompts = maze, careless, []
+
+    def __call__(self, frame, prompt, seconds, seed):
+        self.prompts.append(prompt)
+        at = tuple(round(x) for x in world.read(frame, like=world.read(world.draw(self.maze))).circle)
+        direction, k = re.findall(r"(up|down|left|right) (\d+) cell", prompt)[-1]
+        k = int(k) + (self.careless and "Correction" not in prompt)
+        end = tuple(np.add(at, np.multiply(world.MOVES[direction], k)))
+        return c.Clip(world.film(self.maze, [at, end]), 8)
+
+
+@pytest.mark.parametrize("video_input", ["frames", "video"])
+def test_the_loop_solves_mazes_with_a_generator_that_heeds_corrections(url, video_input):
+    for maze in mazes(5, 3, seed=5):
+        model = c.OpenAIVLM(vlm="maze-reader", vlm_url=url, verify_fps=8, video_input=video_input)
+        vgm = Obedient(maze)
+        result = c.CollabVR(vgm, model, c.Config(seconds_first=2, seconds_next=2)).run(world.draw(maze), "Reach the goal.")
+        assert result.status == "complete" and world.score(result.video.frames, maze).solved
+        assert result.cost.clips == len(vgm.prompts) and result.cost.regenerations >= 1
+
+
+def test_m1_alone_stops_when_the_planner_sees_the_circle_in_the_goal(url):
+    for maze in mazes(5, 2, seed=6):
+        model = c.OpenAIVLM(vlm="maze-reader", vlm_url=url)
+        result = c.CollabVR(Obedient(maze, careless=False), model, c.Config(modules="m1")).run(world.draw(maze), "Reach the goal.")
+        assert result.status == "complete" and result.cost.clips == 2 and result.cost.vlm_calls["planner"] == 3

@@ -256,7 +256,10 @@ class CollabVR:
         return self.result(H, "step_cap")                                       # line 19
 
     def begin(self) -> tuple[int, int]:
-        """A fresh state; (N_max, M)."""
+        """A fresh state; (N_max, M). Raises Problem if not even one clip is allowed."""
+        if (self.config.max_vgm_seconds or math.inf) < self.config.seconds_first:
+            raise Problem("--max-vgm-seconds must allow one clip at least, --seconds-first long.")
+        self.journal.seen.clear()
         self.H, self.steps, self.models, self.unverified = [], [], [], []
         self.cost, self.tried, self.best = Cost(), [], []  # rejected (clip, d) of the step, the run
         return self.config.caps()
@@ -274,8 +277,6 @@ class CollabVR:
         """What the run returns.
 
         [D4] Paper: silent on an empty H. Here: the best attempt. Because: it was paid for."""
-        if not H and not self.best:
-            raise Problem("No clip fits into --max-vgm-seconds: allow the length of step 1.")
         video, status = (concat(H), status) if H else (self.best[0][0], "best_attempt")
         return Result(video, status, self.unverified, self.cost, self.steps, self.models)
 
@@ -658,7 +659,7 @@ def checked(clip: Clip) -> Clip:
 # ===================================================================================== VLM
 
 
-@settings(config=finite)
+@settings(config=finite, eq=False)
 class OpenAIVLM:
     """Any OpenAI-compatible endpoint as `vlm`. Keys come from the environment when needed:
     GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
@@ -762,7 +763,7 @@ def sample(clip: Clip, per_second: float) -> list[int]:
 # ===================================================================================== VGM
 
 
-@settings(config=finite)
+@settings(config=finite, eq=False)
 class Wan:
     """Any Wan image-to-video checkpoint of diffusers as `vgm`, two experts or one. At most 832x480
     pixels of area, aspect ratio kept, never upscaled (App. A.1)."""

@@ -3,6 +3,7 @@
     python examples/maze/run.py                      a 6x6 maze with three straight segments
     python examples/maze/run.py --maze-seed 7        another one
     python examples/maze/run.py --image maze.png     your own, square, 16 pixels a cell
+    python examples/maze/run.py --strip strip.png    also draw every attempt as a film strip
 
 Any other option goes on to collabvr.py. The planner, verifier and router are asked over HTTP, at an
 endpoint that this script starts (vlm.py); the clips come from diffusers' WanImageToVideoPipeline
@@ -12,6 +13,7 @@ with the checkpoint in tiny-wan/.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import threading
@@ -24,6 +26,7 @@ import imageio.v3 as iio
 import numpy as np
 import vlm
 import world
+from PIL import Image, ImageDraw
 
 import collabvr
 
@@ -36,6 +39,7 @@ def main(argv=None) -> int:
     parser.add_argument("--maze-seed", type=int, default=1, help="which maze (1)")
     parser.add_argument("--image", help="a maze picture of your own instead")
     parser.add_argument("--task", help="what is to be done in it")
+    parser.add_argument("--strip", help="a PNG to be drawn of the run's attempts")
     args, others = parser.parse_known_args(argv)
 
     with tempfile.TemporaryDirectory() as folder, vlm.serve() as server:
@@ -56,7 +60,35 @@ def main(argv=None) -> int:
     if status == 0 and maze and Path(out, "video.mp4").exists():
         s = world.score(iio.imread(Path(out, "video.mp4"), plugin="pyav"), maze)
         print(f"by rule    {'solved' if s.solved else 'not solved'}, {s.progress:.0%} of the way")
+    if status == 0 and args.strip and out:
+        draw_strip(Path(out)).save(args.strip)
     return status
+
+
+def draw_strip(out: Path, frames: int = 7) -> Image.Image:
+    """A run folder as a picture: a row of frames per attempt, framed by its verdict."""
+    colours = {"accept": "#2e9e4f", "reject": "#d23f31"}
+    rows = []
+    for step in json.loads((out / "trace.json").read_text())["steps"]:
+        for a in step["attempts"]:
+            if a["clip"] is None:
+                continue
+            clip = iio.imread(out / a["clip"], plugin="pyav")
+            picks = clip[np.linspace(0, len(clip) - 1, frames).round().astype(int)]
+            strip = Image.fromarray(np.concatenate(picks, 1))
+            row = Image.new("RGB", (strip.width + 24, strip.height + 56), "white")
+            row.paste(strip, (12, 32))
+            pen = ImageDraw.Draw(row)
+            box = (8, 28, strip.width + 15, strip.height + 35)
+            pen.rectangle(box, outline=colours.get(a["status"], "grey"), width=3)
+            pen.text((10, 8), f"step {step['t']}, attempt {a['j']}: {a['prompt']}", "black")
+            verdict = f"{a['status']}: {a.get('reason', '')}"
+            pen.text((10, strip.height + 38), verdict, colours.get(a["status"], "grey"))
+            rows.append(row)
+    picture = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    for i, row in enumerate(rows):
+        picture.paste(row, (0, sum(r.height for r in rows[:i])))
+    return picture
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Train tiny-wan, the maze world's video generator, from nothing: `python examples/maze/train.py --work runs/train`.
+"""Train tiny-wan, the maze world's video generator, from nothing:
+`python examples/maze/train.py --work runs/train`.
 
-The result is a diffusers folder that `WanImageToVideoPipeline` loads: Wan's own VAE, transformer, text encoder and
-scheduler classes, only very small. Three stages, each resumable (start the same command again): the VAE learns to
-compress maze clips, a data set of latents is computed once, the transformer learns rectified flow on it. Its training
-set has a short horizon, as real generators have: single moves, and whole tasks of one or two straight segments.
+The result is a diffusers folder that `WanImageToVideoPipeline` loads: Wan's own VAE, transformer,
+text encoder and scheduler classes, only very small. Three stages, each resumable (start the same
+command again): the VAE learns to compress maze clips, a data set of latents is computed once, the
+transformer learns rectified flow on it. Its training set has a short horizon, as real generators
+have: single moves, and whole tasks of one or two straight segments.
 At the end it prints how often unseen clips come out right.
 """
 from __future__ import annotations
@@ -30,21 +32,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 NUM_FRAMES, FPS = 17, 8
-BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]  # cells a side, whole clips in a batch of the VAE: about equal pixels
+# cells a side, whole clips in a batch of the VAE: about equal pixels
+BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]
 KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
-# ------------------------------------------------------------------------------------------- what it is trained on
+# ---------------------------------------------------------------------------- what it is trained on
 
 
 def example(n: int, rng: np.random.Generator, horizon: int = 2):
-    """One training clip: (maze, path, prompt). The path is what the prompt asks for; it may start between two cells.
+    """One training clip: (maze, path, prompt).
 
-    Two thirds are single moves, half of these with a correction after them, as `evolve` makes them; the rest are whole
+    The path is what the prompt asks for; it may start between two cells. Two thirds are single
+    moves, half of these with a correction after them, as `evolve` makes them; the rest are whole
     tasks of at most `horizon` straight segments.
     """
-    look = world.make_look(rng, free=0.1)
+    look = world.make_look(rng, free=0.05)
     colour, goal = (min(table, key=lambda name: world.contrast(table[name], rgb))
                     for table, rgb in ((world.CIRCLES, look.circle), (world.GOALS, look.goal)))
     thing = f"the {colour} {rng.choice(['circle', 'circle', 'circle', 'ball', 'dot'])}"
@@ -65,12 +69,16 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2):
     move, back = np.array(world.MOVES[direction]), 0.0
     end = tuple(np.add(start, k * move))
     asked = k
-    if rng.random() < 0.3 and k < 7:  # what regen and partial re-generation ask for: the rest of a move
+    if rng.random() < 0.3 and k < 7:
+        # what regen and partial re-generation ask for: the rest of a move
         back = rng.uniform(-0.5, 0.5)  # a little before or after the cell's centre
         asked = min(k + int(rng.integers(0, 3)), 7)
-    begin = tuple(np.add(start, back * move)) if world.is_open(maze.open, start + move * int(np.sign(back))) else start
+    beside = start + move * int(np.sign(back))
+    begin = tuple(np.add(start, back * move)) if world.is_open(maze.open, beside) else start
     maze = world.Maze(maze.open, start, maze.goal, look)
-    return maze, [begin, end], move_prompt(thing, direction, k, asked, k == run, goal if end == maze.goal else None, rng)
+    stop_at = goal if end == maze.goal else None
+    prompt = move_prompt(thing, direction, k, asked, k == run, stop_at, rng)
+    return maze, [begin, end], prompt
 
 
 def free_run(open, cell, direction) -> int:
@@ -100,16 +108,21 @@ def move_prompt(thing, direction, k, asked, at_wall, goal, rng) -> str:
     def far(count):
         number = str(count) if rng.random() < 0.7 else WORDS[count]
         cells = f"{number} {'cell' if count == 1 else 'cells'}"
-        side = direction if direction in ("up", "down") or rng.random() < 0.5 else f"to the {direction}"
+        plain = direction in ("up", "down") or rng.random() < 0.5
+        side = direction if plain else f"to the {direction}"
         return f"{direction} {cells}" if rng.random() < 0.6 else f"{cells} {side}"
 
-    tail = str(rng.choice(["", "", " Nothing else moves.", " It stays inside the corridor.", " The walls do not change."]))
+    tail = str(rng.choice(["", "", " Nothing else moves.", " It stays inside the corridor.",
+                           " The walls do not change."]))
     if asked == k and rng.random() < 0.12 and (at_wall or goal):
-        return f"Move {thing} {direction} until the {'wall' if at_wall else f'{goal} square'}.{tail}"
+        end = "wall" if at_wall else f"{goal} square"
+        return f"Move {thing} {direction} until the {end}.{tail}"
     text = f"{rng.choice(['Move', 'Move', 'Slide'])} {thing} {far(asked)}.{tail}"
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.55, 0.25, 0.12, 0.08])):
-        wrong = rng.choice([m for m in range(8) if m != asked] + [d for d in world.MOVES if d != direction])
-        fix = rng.choice([f", not {wrong}", f", not {wrong}", f" and keep it {rng.choice(KEPT)}", " without a jump"])
+        wrong = rng.choice([m for m in range(8) if m != asked]
+                           + [d for d in world.MOVES if d != direction])
+        fix = rng.choice([f", not {wrong}", f", not {wrong}", f" and keep it {rng.choice(KEPT)}",
+                          " without a jump"])
         text += f" Correction: Move {thing} {far(asked)}{fix}."
     if asked != k:
         text += f" Correction: From here move {thing} {far(k)} and stop."
@@ -118,29 +131,34 @@ def move_prompt(thing, direction, k, asked, at_wall, goal, rng) -> str:
 
 def frames_of(maze, path) -> torch.Tensor:
     """The clip in -1..1, float32 (3, 17, H, W)."""
-    return torch.from_numpy(world.film(maze, path, NUM_FRAMES)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    film = torch.from_numpy(world.film(maze, path, NUM_FRAMES))
+    return film.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 class Run:
-    """A stage of training: optimizer, cosine schedule, moving average and a checkpoint every few minutes."""
+    """A stage of training: optimizer, cosine schedule, moving average and a checkpoint every few
+    minutes."""
 
     def __init__(self, name, modules: torch.nn.Module, iterations, lr, work: Path):
         self.path, self.modules, self.iterations = work / f"{name}.pt", modules, iterations
         self.average = copy.deepcopy(modules).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98),
+                                           weight_decay=0.01)
         self.lr, self.i, self.saved = lr, 0, time.monotonic()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
-            modules.load_state_dict(state["modules"]), self.average.load_state_dict(state["average"])
+            modules.load_state_dict(state["modules"])
+            self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.i = state["i"]
 
     def steps(self):
         """Iteration numbers that are still to be done."""
-        with tqdm(total=self.iterations, initial=self.i, desc=self.path.stem, mininterval=10) as self.bar:
+        with tqdm(total=self.iterations, initial=self.i, desc=self.path.stem,
+                  mininterval=10) as self.bar:
             while self.i < self.iterations:
                 yield self.i
                 self.i += 1
@@ -153,7 +171,8 @@ class Run:
         """One update, the moving average included."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        warm, cosine = min(1, (self.i + 1) / 100), 0.5 + 0.5 * math.cos(math.pi * self.i / self.iterations)
+        warm = min(1, (self.i + 1) / 100)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.i / self.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * warm * (0.02 + 0.98 * cosine)
         self.optimizer.step()
@@ -165,43 +184,70 @@ class Run:
         self.bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
     def save(self):
-        state = dict(modules=self.modules.state_dict(), average=self.average.state_dict(), optimizer=self.optimizer.state_dict(), i=self.i)
+        state = {"modules": self.modules.state_dict(), "average": self.average.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "i": self.i}
         torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
         self.saved = time.monotonic()
 
 
 def new_vae() -> AutoencoderKLWan:
-    """Wan's video autoencoder: 4x in time and 8x in space as in Wan2.2 A14B, two of the 8 by patches; 0.67 M parameters."""
-    return AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
-                            patch_size=2, in_channels=12, out_channels=12)
+    """Wan's video autoencoder: 4x in time and 8x in space as in Wan2.2 A14B, two of the 8 by
+    patches; 0.67 M parameters."""
+    return AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1,
+                            temperal_downsample=[True, True], patch_size=2, in_channels=12,
+                            out_channels=12)
 
 
 def train_vae(args) -> AutoencoderKLWan:
-    """Reconstruction with the moving pixels weighted up. Short pieces in larger batches first, because colours are many;
-    whole clips last, because a causal VAE that never saw 17 frames drifts after those it saw."""
+    """Reconstruction in two stretches, each with its own cosine. The first learns the many colours
+    on short pieces in large batches, then whole clips, because a causal VAE that never saw 17
+    frames drifts after those it saw; what moves counts more. The second mixes both and weights the
+    circle, the goal and frame 0, from which the next step will start."""
     torch.manual_seed(args.seed)
-    vae = new_vae()
+    vae = vae_stretch(args, "vae", new_vae(), args.vae_iterations)
+    return vae_stretch(args, "vae-second", vae, args.vae_iterations // 2).eval()
+
+
+def vae_stretch(args, name: str, vae, iterations: int) -> AutoencoderKLWan:
+    """The moving average after that many more iterations."""
     for m in vae.modules():
         if isinstance(m, torch.nn.Conv3d):  # a quarter faster on a CPU
             m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d)
-    run = Run("vae", vae, args.vae_iterations, 2e-3, args.work)
+    second = name == "vae-second"
+    run = Run(name, vae.requires_grad_(True), iterations, 1.5e-3 if second else 2e-3, args.work)
     for i in run.steps():
-        rng = np.random.default_rng([args.seed, 1, i])
+        rng = np.random.default_rng([args.seed, 1 + 5 * second, i])
         n, batch = BATCHES[rng.integers(len(BATCHES))]
-        length = 5 if i < 0.45 * args.vae_iterations else 9 if i < 0.65 * args.vae_iterations else NUM_FRAMES
+        if second:
+            length = 5 if rng.random() < 0.55 else NUM_FRAMES
+        else:
+            length = 5 if i < 0.45 * iterations else 9 if i < 0.65 * iterations else NUM_FRAMES
         first = int(rng.integers(0, NUM_FRAMES - length + 1))
-        x = torch.stack([frames_of(*example(n, rng, horizon=3)[:2])[:, first : first + length]
-                         for _ in range(batch * NUM_FRAMES // length)])
+        pairs = [clip_and_things(example(n, rng, horizon=3)) for _ in range(batch * 17 // length)]
+        x, things = (torch.stack(t)[:, :, first : first + length] for t in zip(*pairs, strict=True))
         posterior = run.modules.encode(x).latent_dist
         error = run.modules.decode(posterior.sample(torch.Generator().manual_seed(i))).sample - x
         moving = ((x - x.mean(2, keepdim=True)).abs().amax(1, keepdim=True) > 0.1).float()
-        weight = 1 + 6 * moving
+        weight = 1 + 10 * things if second else 1 + 6 * moving
+        if second:
+            weight[:, :, 0] *= 1 + length / 8
         loss = (weight * (error.abs() + 2 * error.square())).sum() / weight.expand_as(error).sum()
-        run.step(loss + 3e-4 * 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean())
+        spread = posterior.mean.square() + posterior.var - 1 - posterior.logvar
+        run.step(loss + 1.5e-4 * spread.mean())
         if (i + 1) % 250 == 0:
-            run.bar.write(f"vae {i + 1}: PSNR {psnr(run.average, args.seed):.1f} dB")
-    return run.average.eval()
+            run.bar.write(f"{name} {i + 1}: PSNR {psnr(run.average, args.seed):.1f} dB")
+    return run.average
+
+
+def clip_and_things(made) -> tuple[torch.Tensor, torch.Tensor]:
+    """An example's clip (3, 17, H, W), and where circle and goal are in it, 0 or 1 (1, 17, H, W)."""
+    maze, path, _ = made
+    x, look = frames_of(maze, path), maze.look
+    ground = np.where(maze.open[..., None], np.float32(look.floor), np.float32(look.wall))
+    ground = torch.from_numpy(ground.repeat(world.CELL, 0).repeat(world.CELL, 1)) / 127.5 - 1
+    apart = (x - ground.permute(2, 0, 1)[:, None]).abs().amax(0, keepdim=True)
+    return x, (apart > 0.1).float()
 
 
 @torch.no_grad()
@@ -215,15 +261,16 @@ def psnr(vae, seed, clips=5) -> float:
     return float(np.mean(out))
 
 
-# ----------------------------------------------------------------------------------------------------- latents
+# ----------------------------------------------------------------------------------------- latents
 
 
 @torch.no_grad()
 def make_latents(args, vae) -> list[dict]:
-    """The data set: per clip the latents, those of its conditioning frame, the prompt. Computed once, 500 a file.
+    """The data set: per clip the latents, those of its conditioning frame, the prompt. Computed
+    once, 500 a file.
 
-    Half of the conditioning frames have been through the VAE and some noise, as the last frame of a generated clip has,
-    while the target is clean: so errors do not add up from step to step.
+    Half of the conditioning frames have been through the VAE and some noise, as the last frame of
+    a generated clip has, while the target is clean: so errors do not add up from step to step.
     """
     out = []
     for part in tqdm(range(args.clips // 500), desc="latents", mininterval=10):
@@ -236,10 +283,12 @@ def make_latents(args, vae) -> list[dict]:
                 x = torch.stack([frames_of(maze, walked) for maze, walked, _ in examples])
                 first = x[:, :, :1].clone()
                 worn = vae.decode(vae.encode(first[:2]).latent_dist.mode()).sample
-                first[:2] = (worn + 0.03 * torch.from_numpy(rng.standard_normal(worn.shape, dtype=np.float32))).clamp(-1, 1)
+                noise = torch.from_numpy(rng.standard_normal(worn.shape, dtype=np.float32))
+                first[:2] = (worn + 0.03 * noise).clamp(-1, 1)
                 condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
                 both = vae.encode(torch.cat([x, condition])).latent_dist.mode().half()
-                rows += [dict(n=n, prompt=e[2], x=both[i].clone(), condition=both[4 + i].clone()) for i, e in enumerate(examples)]
+                rows += [{"n": n, "prompt": e[2], "x": both[i].clone(),
+                          "condition": both[4 + i].clone()} for i, e in enumerate(examples)]
             torch.save(rows, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         out += torch.load(path, weights_only=True)
@@ -247,40 +296,47 @@ def make_latents(args, vae) -> list[dict]:
 
 
 def normalise(vae, rows) -> None:
-    """Writes the latents' mean and deviation per channel into the VAE's configuration, where the pipeline reads them."""
+    """Writes the latents' mean and deviation per channel into the VAE's configuration, where the
+    pipeline reads them."""
     sample = torch.cat([r["x"].float().flatten(1) for r in rows[:1000]], 1)
     vae.register_to_config(latents_mean=sample.mean(1).tolist(), latents_std=sample.std(1).tolist())
 
 
-# ----------------------------------------------------------------------------------------- text and transformer
+# ---------------------------------------------------------------------------- text and transformer
 
 
 def new_tokenizer(prompts) -> PreTrainedTokenizerFast:
     """One token a word; prompts of up to 96 words, four corrections included."""
     splitter = pre_tokenizers.Whitespace()
     words = sorted({w for p in prompts for w, _ in splitter.pre_tokenize_str(p.lower())})
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<unk>", *words])}, unk_token="<unk>"))
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), splitter
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", model_max_length=96)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>",
+                                   model_max_length=96)
 
 
 def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
-    """Wan's transformer with A14B's inputs (noise 16, mask 4, condition 16), and a two-layer text encoder."""
-    text = UMT5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-                      pad_token_id=0, decoder_start_token_id=0)
+    """Wan's transformer with A14B's inputs (noise 16, mask 4, condition 16), and a two-layer text
+    encoder."""
+    text = UMT5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2,
+                      num_heads=4, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0)
     return torch.nn.ModuleDict({
         "text_encoder": UMT5EncoderModel(text),
-        "transformer": WanTransformer3DModel(num_attention_heads=3, attention_head_dim=64, in_channels=36, out_channels=16, text_dim=64,
-                                             freq_dim=64, ffn_dim=768, num_layers=6, rope_max_seq_len=64),
+        "transformer": WanTransformer3DModel(
+            num_attention_heads=3, attention_head_dim=64, in_channels=36, out_channels=16,
+            text_dim=64, freq_dim=64, ffn_dim=768, num_layers=6, rope_max_seq_len=64),
     })
 
 
 def train_denoiser(args, vae, rows):
-    """Rectified flow with shift 3 on the latents, bf16 autocast; what moves counts more than what stands."""
+    """Rectified flow with shift 3 on the latents, bf16 autocast; what moves counts more than what
+    stands."""
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(r["prompt"] for r in rows)
     run = Run("denoiser", new_denoiser(len(tokenizer)), args.iterations, 1e-3, args.work)
-    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1)
+                 for v in (vae.config.latents_mean, vae.config.latents_std))
     mask = torch.zeros(1, 4, 5, 1, 1)
     mask[:, :, 0] = 1  # the conditioning frame is known
     by_size = {n: [r for r in rows if r["n"] == n] for n in range(4, 9)}
@@ -293,78 +349,100 @@ def train_denoiser(args, vae, rows):
         u = torch.rand(len(x), 1, 1, 1, 1, generator=noise_rng)
         sigma = 3 * u / (1 + 2 * u)
         noise = torch.randn(x.shape, generator=noise_rng)
-        tokens = tokenizer([r["prompt"] for r in batch], padding="max_length", truncation=True, max_length=96, return_tensors="pt")
+        tokens = tokenizer([r["prompt"] for r in batch], padding="max_length", truncation=True,
+                           max_length=96, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            text = run.modules["text_encoder"](tokens.input_ids, tokens.attention_mask).last_hidden_state
-            text = text * tokens.attention_mask[..., None]  # as the pipeline pads
-            inputs = torch.cat([(1 - sigma) * x + sigma * noise, mask.expand(len(x), -1, -1, *x.shape[3:]), condition], 1)
-            flow = run.modules["transformer"](inputs, 1000 * sigma.flatten(), text, return_dict=False)[0]
+            text = run.modules["text_encoder"](tokens.input_ids, tokens.attention_mask)
+            text = text.last_hidden_state * tokens.attention_mask[..., None]  # as the pipeline pads
+            inputs = torch.cat([(1 - sigma) * x + sigma * noise,
+                                mask.expand(len(x), -1, -1, *x.shape[3:]), condition], 1)
+            flow = run.modules["transformer"](inputs, 1000 * sigma.flatten(), text,
+                                              return_dict=False)[0]
         moving = ((x - x.mean(2, keepdim=True)).abs().mean(1, keepdim=True) > 0.15).float()
         weight = 1 + 3 * moving
         run.step((weight * (flow.float() - (noise - x)).square()).mean() / weight.mean())
         if (i + 1) % 500 == 0 and i + 1 < args.iterations:
             pipe = pipeline(vae, run.average, tokenizer)
-            run.bar.write(f"denoiser {i + 1}: " + ", ".join(f"{k} {a}/{b}" for k, (a, b) in evaluate(pipe, args, 8).items()))
+            found = evaluate(pipe, args, 8).items()
+            right = ", ".join(f"{k} {a}/{b}" for k, (a, b) in found)
+            run.bar.write(f"denoiser {i + 1}: {right}")
     return pipeline(vae, run.average, tokenizer)
 
 
 def pipeline(vae, modules, tokenizer) -> WanImageToVideoPipeline:
     """The parts as the pipeline that diffusers loads and saves."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipe = WanImageToVideoPipeline(tokenizer, modules["text_encoder"].eval(), vae.eval(), scheduler, transformer=modules["transformer"].eval())
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                        flow_shift=3.0)
+    text_encoder, transformer = modules["text_encoder"].eval(), modules["transformer"].eval()
+    pipe = WanImageToVideoPipeline(tokenizer, text_encoder, vae.eval(), scheduler,
+                                   transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-# ------------------------------------------------------------------------------------------------- how good it is
+# --------------------------------------------------------------------------------- how good it is
 
 
 def evaluate(pipe, args, clips: int) -> dict:
-    """{kind: (right, tried)} over unseen clips. Right: the circle ends within half a cell of where the prompt wants it,
-    stayed one circle, left no corridor and did not jump."""
+    """{kind: (right, tried)} over unseen clips. Right: the circle ends within half a cell of where
+    the prompt wants it, stayed one circle, left no corridor and did not jump."""
     from PIL import Image
 
-    out = {"moves": [0, 0], "evolved moves": [0, 0], "1 segment": [0, 0], "2 segments": [0, 0], "3 segments": [0, 0]}
-    for kind in out:
+    out = {"moves": [0, 0], "evolved moves": [0, 0],
+           "1 segment": [0, 0], "2 segments": [0, 0], "3 segments": [0, 0]}
+    for kind, tally in out.items():
         rng = np.random.default_rng([args.seed, 5, list(out).index(kind)])
-        while out[kind][1] < clips:
+        while tally[1] < clips:
             n = int(rng.integers(4, 9))
             if "segment" in kind:
                 maze = world.make(n, int(kind[0]), rng)
                 path = world.shortest_path(maze.open, maze.start, maze.goal)
-                prompt = "Move the {} circle through the maze to the {} square without crossing walls.".format(
-                    *(min(t, key=lambda k: world.contrast(t[k], c)) for t, c in ((world.CIRCLES, maze.look.circle), (world.GOALS, maze.look.goal))))
+                tables = (world.CIRCLES, maze.look.circle), (world.GOALS, maze.look.goal)
+                circle, goal = (min(t, key=lambda k: world.contrast(t[k], c)) for t, c in tables)
+                prompt = (f"Move the {circle} circle through the maze to the {goal} square "
+                          "without crossing walls.")
             else:
                 maze, path, prompt = example(n, rng)
-                if ("Correction" in prompt) != ("evolved" in kind) or "ove" not in prompt.split()[0] or maze.goal == path[-1] and "square" in prompt:
+                if (("Correction" in prompt) != ("evolved" in kind)
+                        or "ove" not in prompt.split()[0]
+                        or maze.goal == path[-1] and "square" in prompt):
                     continue
             image = Image.fromarray(world.draw(maze, path[0]))
-            embeds = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=96)[0]
-            video = pipe(image, prompt_embeds=embeds, height=n * 16, width=n * 16, num_frames=NUM_FRAMES, guidance_scale=1.0,
-                         num_inference_steps=args.sampling_steps, generator=torch.Generator().manual_seed(out[kind][1])).frames[0]
+            embeds = pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
+                                        max_sequence_length=96)[0]
+            video = pipe(image, prompt_embeds=embeds, height=n * 16, width=n * 16,
+                         num_frames=NUM_FRAMES, guidance_scale=1.0,
+                         num_inference_steps=args.sampling_steps,
+                         generator=torch.Generator().manual_seed(tally[1])).frames[0]
             s = world.score((video * 255).round().astype(np.uint8), maze)
             near = s.end is not None and np.abs(np.subtract(s.end, path[-1])).max() < 0.5
-            out[kind][0] += bool(near and s.one_circle and not s.left_corridors and not s.jumped)
-            out[kind][1] += 1
+            tally[0] += bool(near and s.one_circle and not s.left_corridors and not s.jumped)
+            tally[1] += 1
     return out
 
 
 def save(pipe, args) -> None:
-    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32), with the clip defaults of this checkpoint."""
+    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32), with the clip
+    defaults of this checkpoint."""
     for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
         part.to(torch.bfloat16)
     pipe.save_pretrained(args.out, safe_serialization=True)
-    defaults = dict(fps=FPS, seconds_first=2.0, seconds_next=2.0, verify_fps=float(FPS), sampling_steps=args.sampling_steps, guidance_scale=1.0)
+    defaults = {"fps": FPS, "seconds_first": 2.0, "seconds_next": 2.0, "verify_fps": float(FPS),
+                "sampling_steps": args.sampling_steps, "guidance_scale": 1.0}
     (args.out / "collabvr.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder for checkpoints and latents")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-wan", help="the finished diffusers folder")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/train"),
+                        help="folder for checkpoints and latents")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-wan",
+                        help="the finished diffusers folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-iterations", type=int, default=2700)
-    parser.add_argument("--clips", type=int, default=7000, help="size of the transformer's training set")
+    parser.add_argument("--clips", type=int, default=5000,
+                        help="size of the transformer's training set")
     parser.add_argument("--iterations", type=int, default=3200, help="of the transformer")
     parser.add_argument("--sampling-steps", type=int, default=12)
     args = parser.parse_args()
@@ -374,7 +452,8 @@ def main():
     normalise(vae, rows)
     pipe = train_denoiser(args, vae, rows)
     save(pipe, args)
-    pipe = WanImageToVideoPipeline.from_pretrained(args.out, torch_dtype={"default": torch.bfloat16, "vae": torch.float32})
+    pipe = WanImageToVideoPipeline.from_pretrained(
+        args.out, torch_dtype={"default": torch.bfloat16, "vae": torch.float32})
     pipe.set_progress_bar_config(disable=True)
     for kind, (right, tried) in evaluate(pipe, args, 50).items():
         print(f"{kind}: {right} of {tried} unseen clips right")

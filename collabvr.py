@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -59,7 +60,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -1040,9 +1041,10 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, generate nothing")
     parser.add_argument("--vgm-arg", action="append", default=[], metavar="NAME=VALUE",
                         help="what the class in --vgm FILE.py:NAME is built with")
-    for name, field_ in ((n, f) for part in PARTS for n, f in part.__pydantic_fields__.items()):
-        default = "" if field_.default_factory else f" [{field_.default}]".lower()
-        parser.add_argument(flag(name), dest=name, metavar="X", help=field_.description + default)
+    for name, f in (item for part in PARTS for item in part.__pydantic_fields__.items()):
+        values = "|".join(get_args(f.annotation)) if get_origin(f.annotation) is Literal else "X"
+        default = "" if f.default_factory else f" [{'none' if f.default is None else f.default}]"
+        parser.add_argument(flag(name), dest=name, metavar=values, help=f.description + default)
     return parser.parse_args(argv)
 
 
@@ -1064,16 +1066,16 @@ def build(part, typed: dict):
 def load_callable(name: str, arguments: list[str]):
     """A generator from FILE.py:NAME: a class is built with the arguments. Raises Problem."""
     file, _, attribute = name.rpartition(":")
-    if not Path(file).is_file():
-        raise Problem(f"There is no file {file} (--vgm {name}).")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
-    spec.loader.exec_module(module)
-    made = getattr(module, attribute, None)
-    if not callable(made) or any("=" not in a for a in arguments):
-        raise Problem(f"--vgm {name} must name a callable, and --vgm-arg be NAME=VALUE.")
-    return made(**dict(a.split("=", 1) for a in arguments)) if isinstance(made, type) else made
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        made = getattr(module, attribute)
+        built = dict(a.split("=", 1) for a in arguments)
+        return made(**built) if isinstance(made, type) else made
+    except Exception as error:  # it is the user's code, whatever it raises
+        raise Problem(f"--vgm {name} cannot be loaded ({first_line(error)}).") from error
 
 
 def claim(out: Path, identity: dict):
@@ -1081,14 +1083,15 @@ def claim(out: Path, identity: dict):
     import filelock
 
     (out / "journal").mkdir(parents=True, exist_ok=True)
-    lock, path = filelock.FileLock(out / "journal" / "lock"), out / "journal" / "run.json"
+    path, mine = out / "journal" / "run.json", json.dumps(identity).encode()
+    if path.exists() and path.read_bytes() != mine:
+        raise Problem(f"{out} belongs to a run with another image or task: choose another --out.")
+    lock = filelock.FileLock(out / "journal" / "lock")
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise Problem(f"Another process is at work in {out}: choose another --out.") from None
-    if path.exists() and json.loads(path.read_bytes()) != identity:
-        raise Problem(f"{out} belongs to a run with another image or task: choose another --out.")
-    write_file(path, json.dumps(identity).encode())
+    write_file(path, mine)
     return lock
 
 
@@ -1152,7 +1155,7 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         status, said = 130, "Interrupted."
-    except Problem as error:
+    except (Problem, json.JSONDecodeError) as error:
         status, said = 1 if any(called) else 2, str(error)
     except OSError as error:
         status = 1 if any(called) else 2
@@ -1163,8 +1166,9 @@ def main(argv=None) -> int:
     print(f"collabvr: {said}", file=sys.stderr)
     if run and status != 2:
         if run.H:
-            (out / "partial.mp4").write_bytes(encode_video(concat(run.H)))
-            print(f"What was accepted so far is in {out / 'partial.mp4'}.", file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk may be what ended the run
+                write_file(out / "partial.mp4", encode_video(concat(run.H)))
+                print(f"What was accepted so far is in {out / 'partial.mp4'}.", file=sys.stderr)
         print("Nothing paid for is lost: the same command goes on from here.", file=sys.stderr)
     return status
 

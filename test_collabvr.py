@@ -603,7 +603,7 @@ def bad(capsys, *argv):
     (["--image", "X", "--task", "t", "--partial", "1.5"], "--partial"),
     (["--image", "X", "--task", "t", "--modules", "m3"], "modules"),
     (["--image", "X", "--task", "t", "--request-extra", "{"], "--request-extra"),
-    (["--image", "X", "--task", "t", "--vgm", "no.py:g"], "no file no.py"),
+    (["--image", "X", "--task", "t", "--vgm", "no.py:g"], "--vgm no.py:g cannot be loaded"),
     (["--image", "X", "--task", "t", "--colour"], "--colour"),
     (["--image", "X", "--task", "t"], "No API key for generativelanguage.googleapis.com"),
     (["--image", "X", "--task", "t", "--vlm-url", "http://127.0.0.1:9/v1", "--vlm", "m"],

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -42,12 +41,14 @@ def main(argv=None) -> int:
     parser.add_argument("--strip", help="a PNG to be drawn of the run's attempts")
     args, others = parser.parse_known_args(argv)
 
-    with tempfile.TemporaryDirectory() as folder, vlm.serve() as server:
+    with vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         maze, image, out, circle, goal = None, args.image, args.out, "circle", "goal square"
         if image is None:
             maze = world.make(6, 3, np.random.default_rng([2026, args.maze_seed]))
-            image, out = str(Path(folder, "maze.png")), out or f"runs/maze-{args.maze_seed}"
+            out = out or f"runs/maze-{args.maze_seed}"
+            image = str(Path(out, "maze.png"))
+            Path(out).mkdir(parents=True, exist_ok=True)
             iio.imwrite(image, world.draw(maze))
             circle = f"{world.colour_word(maze.look.circle)} circle"
             goal = f"{world.colour_word(maze.look.goal)} square"

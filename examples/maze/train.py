@@ -241,7 +241,7 @@ def vae_stretch(args, name: str, vae, iterations: int) -> AutoencoderKLWan:
 
 
 def clip_and_things(made) -> tuple[torch.Tensor, torch.Tensor]:
-    """An example's clip (3, 17, H, W), and where circle and goal are in it, 0 or 1 (1, 17, H, W)."""
+    """A clip (3, 17, H, W), and where circle and goal are in it as 0 or 1 (1, 17, H, W)."""
     maze, path, _ = made
     x, look = frames_of(maze, path), maze.look
     ground = np.where(maze.open[..., None], np.float32(look.floor), np.float32(look.wall))

@@ -267,17 +267,17 @@ def psnr(vae, seed, clips=5) -> float:
 @torch.no_grad()
 def make_latents(args, vae) -> list[dict]:
     """The data set: per clip the latents, those of its conditioning frame, the prompt. Computed
-    once, 500 a file.
+    once, 100 a file.
 
     Half of the conditioning frames have been through the VAE and some noise, as the last frame of
     a generated clip has, while the target is clean: so errors do not add up from step to step.
     """
     out = []
-    for part in tqdm(range(args.clips // 500), desc="latents", mininterval=10):
+    for part in tqdm(range(args.clips // 100), desc="latents", mininterval=10):
         path = args.work / f"latents-{part:03d}.pt"
         if not path.exists():
             rows, rng = [], np.random.default_rng([args.seed, 3, part])
-            for _ in range(125):
+            for _ in range(25):
                 n = int(rng.integers(4, 9))
                 examples = [example(n, rng) for _ in range(4)]
                 x = torch.stack([frames_of(maze, walked) for maze, walked, _ in examples])
@@ -445,6 +445,7 @@ def main():
                         help="size of the transformer's training set")
     parser.add_argument("--iterations", type=int, default=3200, help="of the transformer")
     parser.add_argument("--sampling-steps", type=int, default=12)
+    parser.add_argument("--evaluate", type=int, default=50, help="unseen clips of each kind")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(args).requires_grad_(False)
@@ -455,7 +456,7 @@ def main():
     pipe = WanImageToVideoPipeline.from_pretrained(
         args.out, torch_dtype={"default": torch.bfloat16, "vae": torch.float32})
     pipe.set_progress_bar_config(disable=True)
-    for kind, (right, tried) in evaluate(pipe, args, 50).items():
+    for kind, (right, tried) in evaluate(pipe, args, args.evaluate).items():
         print(f"{kind}: {right} of {tried} unseen clips right")
 
 

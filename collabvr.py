@@ -294,7 +294,7 @@ class CollabVR:
         clip = self.generate(prefix.frames[-1] if prefix else f, a_t.prompt, seconds)
         return concat([prefix, clip]) if prefix else clip
 
-    def generate(self, frame, prompt: str, seconds: float) -> Clip:
+    def generate(self, frame, prompt: str, seconds: float, seed: int | None = None) -> Clip:
         """One clip, new or from the journal, counted. A failed call uses up no attempt and is
         repeated once with the next seed; the second failure raises Problem.
 
@@ -304,7 +304,8 @@ class CollabVR:
         if cost.vgm_seconds + seconds > (self.config.max_vgm_seconds or math.inf) + 1e-9:
             log.info("    the next clip would go over max_vgm_seconds")
             raise BudgetSpent
-        seed = self.config.seed + cost.clips + cost.generator_errors
+        if seed is None:
+            seed = self.config.seed + cost.clips + cost.generator_errors
         identity = getattr(self.vgm, "identity", {})
         key = self.journal.key("vgm", frame, prompt, seconds, seed, identity)
         entry, clip = self.journal.read(key) or ({"errors": []}, None)

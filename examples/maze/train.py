@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
@@ -138,21 +139,30 @@ def frames_of(maze, path) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- training
 
 
-class Run:
-    """A stage of training: optimizer, cosine schedule, moving average and a checkpoint every few
-    minutes."""
+ADAM = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
+MUON = functools.partial(torch.optim.Muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
-    def __init__(self, name, modules: torch.nn.Module, iterations, lr, work: Path):
+
+class Run:
+    """A stage of training: optimizers, cosine schedule, moving average and a checkpoint every few
+    minutes.
+
+    optimizers: per optimizer its peak learning rate, its class, and the parameters it takes (None:
+    all).
+    """
+
+    def __init__(self, name, modules: torch.nn.Module, iterations, optimizers, work: Path):
         self.path, self.modules, self.iterations = work / f"{name}.pt", modules, iterations
         self.average = copy.deepcopy(modules).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98),
-                                           weight_decay=0.01)
-        self.lr, self.i, self.saved = lr, 0, time.monotonic()
+        self.optimizers = [(lr, kind(list(parameters or modules.parameters()), lr=lr))
+                           for lr, kind, parameters in optimizers]
+        self.i, self.saved = 0, time.monotonic()
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             modules.load_state_dict(state["modules"])
             self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for (_, optimizer), old in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(old)
             self.i = state["i"]
 
     def steps(self):
@@ -173,10 +183,11 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         warm = min(1, (self.i + 1) / 100)
         cosine = 0.5 + 0.5 * math.cos(math.pi * self.i / self.iterations)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * (0.02 + 0.98 * cosine)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for lr, optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warm * (0.02 + 0.98 * cosine)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         decay = min(0.998, (self.i + 1) / (self.i + 20))
         with torch.no_grad():
             for a, p in zip(self.average.parameters(), self.modules.parameters()):
@@ -185,7 +196,7 @@ class Run:
 
     def save(self):
         state = {"modules": self.modules.state_dict(), "average": self.average.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "i": self.i}
+                 "optimizers": [o.state_dict() for _, o in self.optimizers], "i": self.i}
         torch.save(state, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
         self.saved = time.monotonic()
@@ -201,53 +212,75 @@ def new_vae() -> AutoencoderKLWan:
 
 def train_vae(args) -> AutoencoderKLWan:
     """Reconstruction in two stretches, each with its own cosine. The first learns the many colours
-    on short pieces in large batches, then whole clips, because a causal VAE that never saw 17
-    frames drifts after those it saw; what moves counts more. The second mixes both and weights the
-    circle, the goal and frame 0, from which the next step will start."""
+    from whole boards, on short pieces in large batches, then on whole clips, because a causal VAE
+    that never saw 17 frames drifts after those it saw. The second looks closely at what happens:
+    crops around the walk, half of which end on the goal."""
     torch.manual_seed(args.seed)
-    vae = vae_stretch(args, "vae", new_vae(), args.vae_iterations)
-    return vae_stretch(args, "vae-second", vae, args.vae_iterations // 2).eval()
+    vae = vae_stretch(args, "vae", new_vae(), 2e-3)
+    return vae_stretch(args, "vae-crops", vae, 1e-3).eval()
 
 
-def vae_stretch(args, name: str, vae, iterations: int) -> AutoencoderKLWan:
-    """The moving average after that many more iterations."""
+def vae_stretch(args, name: str, vae, lr: float) -> AutoencoderKLWan:
+    """The moving average after `args.vae_iterations` more iterations."""
     for m in vae.modules():
         if isinstance(m, torch.nn.Conv3d):  # a quarter faster on a CPU
             m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d)
-    second = name == "vae-second"
-    run = Run(name, vae.requires_grad_(True), iterations, 1.5e-3 if second else 2e-3, args.work)
+    run = Run(name, vae.requires_grad_(True), args.vae_iterations, [(lr, ADAM, None)],
+              args.work)
     for i in run.steps():
-        rng = np.random.default_rng([args.seed, 1 + 5 * second, i])
-        n, batch = BATCHES[rng.integers(len(BATCHES))]
-        if second:
-            length = 5 if rng.random() < 0.55 else NUM_FRAMES
+        rng = np.random.default_rng([args.seed, 1 if name == "vae" else 6, i])
+        share = i / args.vae_iterations
+        length = NUM_FRAMES
+        if name == "vae" and share < 0.65:
+            length = 5 if share < 0.45 else 9
+        elif name != "vae" and rng.random() < 0.3:
+            length = 5
+        more = NUM_FRAMES // length
+        if name == "vae" or rng.random() < 0.12:  # the attention in the middle needs whole boards
+            n, batch = BATCHES[rng.integers(len(BATCHES))]
+            clips = [clip(*example(n, rng, horizon=3)[:2]) for _ in range(batch * more)]
         else:
-            length = 5 if i < 0.45 * iterations else 9 if i < 0.65 * iterations else NUM_FRAMES
+            clips = [crop(rng) for _ in range(6 * more)]
         first = int(rng.integers(0, NUM_FRAMES - length + 1))
-        pairs = [clip_and_things(example(n, rng, horizon=3)) for _ in range(batch * 17 // length)]
-        x, things = (torch.stack(t)[:, :, first : first + length] for t in zip(*pairs, strict=True))
+        x, weight = (torch.stack(t)[:, :, first : first + length] for t in zip(*clips, strict=True))
+        weight[:, :, 0] *= 1 + length / 8  # the next clip will start from a frame 0
         posterior = run.modules.encode(x).latent_dist
         error = run.modules.decode(posterior.sample(torch.Generator().manual_seed(i))).sample - x
-        moving = ((x - x.mean(2, keepdim=True)).abs().amax(1, keepdim=True) > 0.1).float()
-        weight = 1 + 10 * things if second else 1 + 6 * moving
-        if second:
-            weight[:, :, 0] *= 1 + length / 8
         loss = (weight * (error.abs() + 2 * error.square())).sum() / weight.expand_as(error).sum()
         spread = posterior.mean.square() + posterior.var - 1 - posterior.logvar
-        run.step(loss + 1.5e-4 * spread.mean())
+        run.step(loss + 1e-4 * spread.mean())
         if (i + 1) % 250 == 0:
             run.bar.write(f"{name} {i + 1}: PSNR {psnr(run.average, args.seed):.1f} dB")
     return run.average
 
 
-def clip_and_things(made) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip (3, 17, H, W), and where circle and goal are in it as 0 or 1 (1, 17, H, W)."""
-    maze, path, _ = made
+def clip(maze, path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A clip (3, 17, H, W) in -1..1, and how much each pixel of it counts (1, 17, H, W): circle and
+    goal more than the board, what changes most."""
     x, look = frames_of(maze, path), maze.look
     ground = np.where(maze.open[..., None], np.float32(look.floor), np.float32(look.wall))
     ground = torch.from_numpy(ground.repeat(world.CELL, 0).repeat(world.CELL, 1)) / 127.5 - 1
-    apart = (x - ground.permute(2, 0, 1)[:, None]).abs().amax(0, keepdim=True)
-    return x, (apart > 0.1).float()
+    things = (x - ground.permute(2, 0, 1)[:, None]).abs().amax(0, keepdim=True) > 0.1
+    return x, 1 + 8 * things.float() + 12 * moving(x).float()
+
+
+def moving(x: torch.Tensor) -> torch.Tensor:
+    """Which pixels of a clip (3, T, H, W) change, bool (1, T, H, W)."""
+    return (x - x.mean(1, keepdim=True)).abs().amax(0, keepdim=True) > 0.05
+
+
+def crop(rng, cells: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """A clip and its weights, cut to 4 x 4 cells around a place of the walk."""
+    n = int(rng.integers(4, 9))
+    while True:
+        maze, path, _ = example(n, rng, horizon=3)
+        if tuple(maze.goal) == tuple(path[-1]) or rng.random() < 0.6:
+            break
+    place = path[-1] if rng.random() < 0.5 else path[int(rng.integers(len(path)))]
+    row, column = (int(np.clip(round(p) - rng.integers(cells), 0, n - cells)) for p in place)
+    rows, columns = (slice(k * world.CELL, (k + cells) * world.CELL) for k in (row, column))
+    x, weight = clip(maze, path)
+    return x[:, :, rows, columns], weight[:, :, rows, columns]
 
 
 @torch.no_grad()
@@ -266,8 +299,8 @@ def psnr(vae, seed, clips=5) -> float:
 
 @torch.no_grad()
 def make_latents(args, vae) -> list[dict]:
-    """The data set: per clip the latents, those of its conditioning frame, the prompt. Computed
-    once, 100 a file.
+    """The data set: per clip the latents, those of its conditioning frame, where something moves
+    (bool (1, 5, 2 n, 2 n)), the prompt. Computed once, 100 a file.
 
     Half of the conditioning frames have been through the VAE and some noise, as the last frame of
     a generated clip has, while the target is clean: so errors do not add up from step to step.
@@ -288,11 +321,20 @@ def make_latents(args, vae) -> list[dict]:
                 condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
                 both = vae.encode(torch.cat([x, condition])).latent_dist.mode().half()
                 rows += [{"n": n, "prompt": e[2], "x": both[i].clone(),
-                          "condition": both[4 + i].clone()} for i, e in enumerate(examples)]
+                          "condition": both[4 + i].clone(), "moving": latent_moving(x[i])}
+                         for i, e in enumerate(examples)]
             torch.save(rows, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
         out += torch.load(path, weights_only=True)
     return out
+
+
+def latent_moving(x: torch.Tensor) -> torch.Tensor:
+    """`moving` on the grid of the latents, and one step around it: a latent is 4 frames (the first
+    1) of 8 x 8 pixels, and its neighbours have a share in what the decoder draws there."""
+    pixels = moving(x).float()
+    pixels = torch.cat([pixels[:, :1].repeat(1, 4, 1, 1), pixels[:, 1:]], 1)
+    return F.max_pool3d(F.max_pool3d(pixels, (4, 8, 8)), (1, 3, 3), 1, (0, 1, 1)) > 0
 
 
 def normalise(vae, rows) -> None:
@@ -331,10 +373,15 @@ def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
 
 def train_denoiser(args, vae, rows):
     """Rectified flow with shift 3 on the latents, bf16 autocast; what moves counts more than what
-    stands."""
+    stands. Muon trains the matrices of the blocks, AdamW the rest."""
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(r["prompt"] for r in rows)
-    run = Run("denoiser", new_denoiser(len(tokenizer)), args.iterations, 1e-3, args.work)
+    modules = new_denoiser(len(tokenizer))
+    matrices = [p for p in modules["transformer"].blocks.parameters() if p.ndim == 2]
+    rest = [p for p in modules.parameters() if all(p is not m for m in matrices)]
+    run = Run("denoiser", modules, args.iterations,
+              [(1.5e-3, MUON, matrices), (1e-3, ADAM, rest)], args.work)
+    transformer = torch.compile(modules["transformer"], dynamic=True)
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1)
                  for v in (vae.config.latents_mean, vae.config.latents_std))
     mask = torch.zeros(1, 4, 5, 1, 1)
@@ -356,10 +403,8 @@ def train_denoiser(args, vae, rows):
             text = text.last_hidden_state * tokens.attention_mask[..., None]  # as the pipeline pads
             inputs = torch.cat([(1 - sigma) * x + sigma * noise,
                                 mask.expand(len(x), -1, -1, *x.shape[3:]), condition], 1)
-            flow = run.modules["transformer"](inputs, 1000 * sigma.flatten(), text,
-                                              return_dict=False)[0]
-        moving = ((x - x.mean(2, keepdim=True)).abs().mean(1, keepdim=True) > 0.15).float()
-        weight = 1 + 3 * moving
+            flow = transformer(inputs, 1000 * sigma.flatten(), text, return_dict=False)[0]
+        weight = 1 + 4 * torch.stack([r["moving"] for r in batch]).float()
         run.step((weight * (flow.float() - (noise - x)).square()).mean() / weight.mean())
         if (i + 1) % 500 == 0 and i + 1 < args.iterations:
             pipe = pipeline(vae, run.average, tokenizer)

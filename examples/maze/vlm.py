@@ -1,8 +1,9 @@
 """An OpenAI-compatible endpoint for the maze world: `python examples/maze/vlm.py --port 8000`.
 
-It is no vision-language model and says so: a rule-based reader of pixels that answers the planner,
-the verifier and the failure router of collabvr.py in JSON. It sees only what a VLM would see, the
-texts and the pictures of a request. POST /v1/chat/completions, GET /v1/models, standard errors.
+It is no vision-language model and says so: a rule-based reader of pixels that answers the roles of
+collabvr.py and of baselines.py in JSON. It sees only what a VLM would see, the texts and the
+pictures of a request. POST /v1/chat/completions, GET /v1/models, standard errors.
+It can be told to be wrong at given rates, to see what a supervisor's mistakes cost (`Errors`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -83,7 +85,7 @@ def pictures(url: str) -> list[np.ndarray]:
     return [np.array(Image.open(io.BytesIO(raw)).convert("RGB"))]
 
 
-# ------------------------------------------------------------------------------- the three roles
+# ------------------------------------------------------------------------ the roles of collabvr.py
 
 
 class Scene:
@@ -214,13 +216,108 @@ def router(request: Request) -> dict:
             "suggestion": suggestion, "estimated_steps": 0}
 
 
-def answer(request: Request) -> dict:
+# ------------------------------------------------------------------------ the roles of baselines.py
+
+
+def candidates(request: Request) -> list[list[np.ndarray]]:
+    """The frames of each of the clips that are labelled `Candidate 1:` and so on."""
+    clips, before = [], None
+    for above, picture in request.pictures:
+        if above.startswith("Frame at 0.00") or above.startswith("Candidate") and above != before:
+            clips.append([])
+        if clips:
+            clips[-1].append(picture)
+        before = above
+    return clips
+
+
+def judged(request: Request, scene: Scene) -> list[tuple[float, str]]:
+    """Of each candidate how good it is as a solution of the whole task, and the correction."""
+    out = []
+    for clip in candidates(request):
+        d = verifier(Request(request.instructions, [], [
+            ("Input image:", request.under("Input image")[0]), *(("Frame at", f) for f in clip)]))
+        end = scene.find(clip[-1]).circle
+        way = scene.path(scene.start, scene.first.goal)
+        left = len(scene.path(end, scene.first.goal)) - 1 if end else len(way)
+        out.append((2 * (d["verdict"] == "accept") - left / len(way), d["suggestion"]))
+    return out
+
+
+def picker(request: Request) -> dict:
+    """The candidate without faults that ends nearest to the goal."""
+    found = [good for good, _ in judged(request, Scene(request))]
+    best = int(np.argmax(found)) + 1
+    return {"reason": f"Candidate {best} comes closest to the goal.", "best": best}
+
+
+def critic(request: Request) -> dict:
+    """The task with the correction of the better candidate."""
+    scene = Scene(request)
+    found = judged(request, scene)
+    _, fix = max(found)
+    return {"critiques": [wrong or "It does what the task wants." for _, wrong in found],
+            "prompt": f"{request.value('Task prompt')}{' Correction: ' + fix if fix else ''}"}
+
+
+def preplanner(request: Request) -> dict:
+    """One straight segment a milestone; the last one takes all that is left."""
+    scene = Scene(request)
+    N = int(re.findall(r"\d+", request.value("Clips"))[0])
+    here, milestones = scene.cell(scene.start), []
+    way = world.segments(scene.path(here, scene.first.goal))
+    for direction, k in way[:N]:
+        here = tuple(np.add(here, np.multiply(world.MOVES[direction], k)))
+        milestones.append({"instruction": f"{scene.move(direction, k)}.",
+                           "target_state": f"{scene.circle} is in {name(here)}"})
+    if len(way) > N or not way:
+        milestones[N - 1 :] = [{"instruction": f"Move {scene.circle} to {scene.goal}.",
+                                "target_state": f"{scene.circle} is in {name(scene.first.goal)}"}]
+    return {"observation": f"{scene.circle} is in {name(scene.cell(scene.start))}.",
+            "milestones": milestones}
+
+
+# ---------------------------------------------------------------------- which role, and how wrong
+
+
+@dataclass
+class Errors:
+    """How often the reader is right, each from 0 to 1: the numbers of the paper's Table 6."""
+
+    accept_recall: float = 1.0  # of what is to be accepted, how much it accepts
+    reject_recall: float = 1.0  # of what is to be rejected, how much it rejects
+    depth_match: float = 1.0  # how often its number of remaining steps is right, else off by one
+    seed: int = 0
+
+    def applied(self, reply: dict, request: Request) -> dict:
+        """The reply, made wrong by chance; the same request always gets the same reply."""
+        said = repr((self.seed, request.lines, [zlib.crc32(p) for _, p in request.pictures]))
+        rng = np.random.default_rng(zlib.crc32(said.encode()))
+        luck = rng.random()
+        if reply.get("verdict") == "accept" and luck > self.accept_recall:
+            order = request.value("Planned action").removesuffix(".")
+            return reply | {"verdict": "reject", "good_fraction": round(rng.random(), 2),
+                            "reason": "The circle does not do what was planned.",
+                            "suggestion": f"{order} and keep it inside the corridor."}
+        if reply.get("verdict") == "reject" and luck > self.reject_recall:
+            return reply | {"verdict": "accept", "progress": "complete", "suggestion": "",
+                            "good_fraction": 1.0, "reason": "The circle does what was planned."}
+        if reply.get("estimated_steps_remaining") and luck > self.depth_match:
+            steps = reply["estimated_steps_remaining"] + rng.choice([-1, 1])
+            return reply | {"estimated_steps_remaining": max(1, int(steps))}
+        return reply
+
+
+ROLES = {"milestones": preplanner, "critiques": critic, "number of the candidate": picker,
+         "estimated_steps_remaining": planner, "verdict": verifier, "fallback": router}
+
+
+def answer(request: Request, errors: Errors) -> dict:
     """The reply of the role that the instructions describe. Raises ValueError if they do not."""
-    roles = {"estimated_steps_remaining": planner, "verdict": verifier, "fallback": router}
-    for mark, role in roles.items():
+    for mark, role in ROLES.items():
         if mark in request.instructions:
-            return role(request)
-    raise ValueError("the instructions describe neither planner nor verifier nor failure router")
+            return errors.applied(role(request), request)
+    raise ValueError("the instructions describe no role of collabvr.py or baselines.py")
 
 
 # ------------------------------------------------------------------------------------------ HTTP
@@ -245,7 +342,7 @@ class Handler(BaseHTTPRequestHandler):
             if body["model"] != MODEL:
                 return self.fail(404, f"no model {body['model']!r}: use {MODEL!r}", "not_found")
             request = parse(body)
-            text = json.dumps(answer(request))
+            text = json.dumps(answer(request, self.server.errors))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as fault:
             return self.fail(400, f"{type(fault).__name__}: {fault}")
         read = (sum(map(len, request.lines)) + len(request.instructions)) // 4
@@ -273,15 +370,21 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet: collabvr.py logs each call."""
 
 
-def serve(port: int = 0) -> ThreadingHTTPServer:
+def serve(port: int = 0, errors: Errors | None = None) -> ThreadingHTTPServer:
     """A server on 127.0.0.1 that waits for serve_forever(); port 0 takes a free one."""
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.errors = errors or Errors()
+    return server
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
-    with serve(parser.parse_args().port) as server:
+    for f in fields(Errors)[:3]:
+        flag = f"--{f.name.replace('_', '-')}"
+        parser.add_argument(flag, type=float, default=f.default, metavar="RATE")
+    options = vars(parser.parse_args())
+    with serve(options.pop("port"), Errors(**options)) as server:
         print(f"{MODEL} ({NOTE}) at http://127.0.0.1:{server.server_port}/v1", flush=True)
         try:
             server.serve_forever()

@@ -251,15 +251,10 @@ def test_the_loop_with_tiny_wan_solves_three_segment_mazes_more_often_than_one_c
     rng = np.random.default_rng(2027)
     for i in range(20):
         maze = world.make(6, 3, rng)
-        I0, q = world.draw(maze), task(maze)
+        I0, q = world.draw(maze), world.task(maze)
         single += world.score(vgm(I0, q, 2.0, i).frames, maze).solved
         result = c.CollabVR(vgm, model, c.build(c.Config, own | {"seed": i})).run(I0, q)
         loop += world.score(result.video.frames, maze).solved
         seconds += result.cost.vgm_seconds / 20
     print(f"solved: one clip {single}/20, the loop {loop}/20 at {seconds:.1f} s of video a maze")
     assert loop >= single + 3
-
-
-def task(maze):
-    circle, goal = nearest(world.CIRCLES, maze.look.circle), nearest(world.GOALS, maze.look.goal)
-    return f"Move the {circle} circle through the maze to the {goal} square without crossing walls."

@@ -43,18 +43,17 @@ def main(argv=None) -> int:
 
     with vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        maze, image, out, circle, goal = None, args.image, args.out, "circle", "goal square"
+        maze, image, out, task = None, args.image, args.out, args.task
         if image is None:
             maze = world.make(6, 3, np.random.default_rng([2026, args.maze_seed]))
             out = out or f"runs/maze-{args.maze_seed}"
             image = str(Path(out, "maze.png"))
             Path(out).mkdir(parents=True, exist_ok=True)
             iio.imwrite(image, world.draw(maze))
-            circle = f"{world.colour_word(maze.look.circle)} circle"
-            goal = f"{world.colour_word(maze.look.goal)} square"
+            task = task or world.task(maze)
         status = collabvr.main([
-            "--image", image, "--task", args.task or f"Move the {circle} through the maze to the "
-            f"{goal} without crossing walls.", *(["--out", out] if out else []),
+            "--image", image, "--task", task or "Move the circle to the goal square.",
+            *(["--out", out] if out else []),
             "--vlm", vlm.MODEL, "--vlm-url", f"http://127.0.0.1:{server.server_port}/v1",
             "--vgm", str(HERE / "tiny-wan"), *others])
         server.shutdown()

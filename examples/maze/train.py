@@ -442,10 +442,7 @@ def evaluate(pipe, args, clips: int) -> dict:
             if "segment" in kind:
                 maze = world.make(n, int(kind[0]), rng)
                 path = world.shortest_path(maze.open, maze.start, maze.goal)
-                tables = (world.CIRCLES, maze.look.circle), (world.GOALS, maze.look.goal)
-                circle, goal = (min(t, key=lambda k: world.contrast(t[k], c)) for t, c in tables)
-                prompt = (f"Move the {circle} circle through the maze to the {goal} square "
-                          "without crossing walls.")
+                prompt = world.task(maze)
             else:
                 maze, path, prompt = example(n, rng)
                 if (("Correction" in prompt) != ("evolved" in kind)

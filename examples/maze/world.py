@@ -397,6 +397,12 @@ def colour_word(rgb) -> str:
     return next((word for word, end in ends.items() if hue < end), "red")
 
 
+def task(maze: Maze) -> str:
+    """The whole maze as a task prompt."""
+    circle, goal = colour_word(maze.look.circle), colour_word(maze.look.goal)
+    return f"Move the {circle} circle through the maze to the {goal} square without crossing walls."
+
+
 # -------------------------------------------------------------------------------------------- score
 
 

@@ -1,0 +1,245 @@
+"""Every method of the paper on the same held-out mazes: score, seconds of video, calls.
+
+    python examples/maze/compare.py --out runs/compare
+    python examples/maze/compare.py --out runs/compare --methods single,collabvr --mazes 10
+    python examples/maze/compare.py --out runs/compare --methods collabvr,qwen9b,qwen27b,gemini
+
+The mazes are drawn from seeds that training never used. A score comes from world.py's rule, never
+from the VLM that steered. Each finished run is a line in DIR/runs.jsonl, and the same command goes
+on where it stopped; results.json holds the rows and figures need matplotlib.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import multiprocessing
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+
+import baselines
+import numpy as np
+import vlm
+import world
+from tqdm import tqdm
+
+import collabvr
+
+LOOPS = {  # what differs from the defaults of collabvr.Config
+    "m1": {"modules": "m1"}, "m2": {"modules": "m2"}, "collabvr": {},
+    "best": {"on_exhausted": "best"},  # M1+M2 without router
+    "replan": {"on_exhausted": "replan"}, "partial": {"partial": 0.3},
+    **{f"steps{k}": {"N_max": k} for k in range(1, 6)},
+    **{f"attempts{k}": {"M": k, "modules": "m2"} for k in range(1, 6)},  # as in Fig. 13
+}
+SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth
+    "gemini": vlm.Errors(0.848, 0.656, 0.680), "qwen27b": vlm.Errors(0.824, 0.448, 0.587),
+    "qwen9b": vlm.Errors(0.776, 0.408, 0.564)}
+METHODS = [*baselines.METHODS, *LOOPS, *SUPERVISORS]
+HEADLINE = "single,pass2,pass4,videotpo,preplan,m1,m2,collabvr,best,replan"
+NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
+
+
+# ----------------------------------------------------------------------------------- one sample
+
+
+def held_out(segments: int, i: int, seed: int) -> world.Maze:
+    """The i-th held-out maze of that many straight segments, 4 to 8 cells a side."""
+    rng = np.random.default_rng([seed, 77, segments, i])
+    return world.make(int(rng.integers(4, 9)), segments, rng)
+
+
+def start(vgm: str) -> None:
+    """Once a process: one thread, the generator and an endpoint for each supervisor."""
+    import torch
+
+    global WAN, DEFAULTS, URLS
+    torch.set_num_threads(1)
+    logging.getLogger("collabvr").setLevel(logging.ERROR)
+    DEFAULTS = json.loads(Path(vgm, "collabvr.json").read_text()) | {"vgm": vgm}
+    WAN, URLS = collabvr.build(collabvr.Wan, DEFAULTS), {}
+    for name, errors in {"": vlm.Errors(), **SUPERVISORS}.items():
+        server = vlm.serve(errors=errors)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        URLS[name] = f"http://127.0.0.1:{server.server_port}/v1"
+
+
+def sample(method: str, segments: int, i: int, seed: int) -> dict:
+    """One method on one maze, as a flat row."""
+    maze = held_out(segments, i, seed)
+    settings = DEFAULTS | LOOPS.get(method, {}) | {"seed": 1000 * i}
+    model = collabvr.build(collabvr.OpenAIVLM, DEFAULTS | {
+        "vlm": vlm.MODEL, "vlm_url": URLS.get(method) or URLS[""]})
+    run = collabvr.CollabVR(WAN, model, collabvr.build(collabvr.Config, settings))
+    solve = baselines.METHODS.get(method, collabvr.CollabVR.run)
+    result = solve(run, world.draw(maze), world.task(maze))
+    s, cost = world.score(result.video.frames, maze), result.cost
+    fine = s.one_circle and not s.left_corridors and not s.jumped
+    return {"method": method, "segments": segments, "i": i, "seed": seed, "status": result.status,
+            "solved": float(s.solved), "score": s.progress * fine, "vgm_seconds": cost.vgm_seconds,
+            "clips": cost.clips, "vlm_calls": sum(cost.vlm_calls.values()), "steps": cost.steps,
+            "regenerations": cost.regenerations}
+
+
+def collect(args) -> list[dict]:
+    """All rows that are asked for, old ones from the file, new ones on both cores."""
+    path, rows = args.out / "runs.jsonl", []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill: run again
+                rows.append(json.loads(line))
+    keys = [(m, k, i, args.seed) for i in range(args.mazes) for k in args.segments
+            for m in args.methods]
+    done = {(r["method"], r["segments"], r["i"], r["seed"]): r for r in rows}
+    todo = [key for key in keys if key not in done]
+    fresh = multiprocessing.get_context("spawn")
+    with (path.open("a") as file, tqdm(total=len(keys), initial=len(keys) - len(todo)) as bar,
+          ProcessPoolExecutor(args.workers, fresh, start, (str(args.vgm),)) as pool):
+        for future in as_completed(pool.submit(sample, *key) for key in todo):
+            row = future.result()
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            done[row["method"], row["segments"], row["i"], row["seed"]] = row
+            bar.update()
+    return [done[key] for key in keys]
+
+
+# ------------------------------------------------------------------------------------ summaries
+
+
+def interval(values, kind: str) -> list[float]:
+    """95 %: Wilson's for shares, a bootstrap of the mean for anything else."""
+    x = np.asarray(values, float)
+    if kind == "solved":
+        n, p, z = len(x), x.mean(), 1.96
+        middle, half = p + z * z / 2 / n, z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+        return [float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))]
+    means = np.random.default_rng(0).choice(x, (2000, len(x))).mean(1)
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def summary(rows: list[dict]) -> dict:
+    """Means of the numbers, with intervals beside them."""
+    out = {"n": len(rows)}
+    for name in NUMBERS:
+        values = [r[name] for r in rows]
+        out |= {name: float(np.mean(values)), f"{name}_ci": interval(values, name)}
+    return out
+
+
+def summaries(rows: list[dict], args) -> list[dict]:
+    """A summary per method and number of segments, and one per method over all."""
+    out = []
+    for method in args.methods:
+        mine = [r for r in rows if r["method"] == method]
+        for segments in [*args.segments, "all"]:
+            some = [r for r in mine if segments in (r["segments"], "all")]
+            out.append({"method": method, "segments": segments} | summary(some))
+    return out
+
+
+def table1(table: list[dict], args) -> str:
+    """Cost and solved share by number of segments, as the paper's Tables 1 and 3."""
+    heads = [*(f"{k} segment{'s' * (k > 1)}" for k in args.segments), "all"]
+    lines = [f"| method | VGM s | {' | '.join(f'solved, {h}' for h in heads)} | score |",
+             "|---|---|" + "---|" * len(heads) + "---|"]
+    for method in args.methods:
+        mine = {r["segments"]: r for r in table if r["method"] == method}
+        cells = [f"{100 * r['solved']:.0f} % ({100 * r['solved_ci'][0]:.0f}"
+                 f"-{100 * r['solved_ci'][1]:.0f})" for r in mine.values()]
+        both = mine["all"]
+        lines.append(f"| {method} | {both['vgm_seconds']:.1f} | {' | '.join(cells)} | "
+                     f"{both['score']:.3f} |")
+    return "\n".join(lines)
+
+
+def table10(rows: list[dict], args) -> str:
+    """mean / standard deviation / median / range of what a run took, as the paper's Table 10."""
+    names = ["steps", "regenerations", "clips", "vlm_calls", "vgm_seconds"]
+    lines = [f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for method in args.methods:
+        cells = []
+        for name in names:
+            x = np.array([r[name] for r in rows if r["method"] == method])
+            cells.append(f"{x.mean():.2f} / {x.std():.2f} / {np.median(x):g} / "
+                         f"{x.min():g}-{x.max():g}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------- figures
+
+
+def figures(table: list[dict], args) -> None:
+    """Fig. 2 (score against VGM seconds), and the sweeps and supervisors if they were run."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("No figures: pip install matplotlib draws them.")
+        return
+    rows = {r["method"]: r for r in table if r["segments"] == "all"}
+
+    def points(names, title, file, line=False):
+        names = [name for name in names if name in rows]
+        if len(names) < 2:
+            return
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        x, y = ([rows[name][k] for name in names] for k in ("vgm_seconds", "score"))
+        for i, name in enumerate(names):
+            r = rows[name]
+            axes.errorbar(x[i], y[i], fmt="o", capsize=2, label=name,
+                          xerr=[[abs(x[i] - r["vgm_seconds_ci"][0])],
+                                [abs(r["vgm_seconds_ci"][1] - x[i])]],
+                          yerr=[[abs(y[i] - r["score_ci"][0])], [abs(r["score_ci"][1] - y[i])]])
+            axes.annotate(name, (x[i], y[i]), xytext=(5, 5), textcoords="offset points")
+        if line:
+            axes.plot(x, y, color="grey", linewidth=0.8, zorder=0)
+        n = rows[names[0]]["n"]
+        axes.set(title=f"{title} ({n} mazes each, 95 % intervals)", ylim=(0, 1.05),
+                 xlabel="VGM seconds a maze", ylabel="score by rule", xlim=(0, None))
+        axes.grid(alpha=0.3)
+        figure.savefig(args.out / file, dpi=120)
+        plt.close(figure)
+
+    points(HEADLINE.split(","), "Score and cost", "score-cost.png")
+    points([f"attempts{k}" for k in range(1, 6)], "Attempts M, M2 alone", "attempts.png", True)
+    points([f"steps{k}" for k in range(1, 6)], "Planning steps N_max", "steps.png", True)
+    points(["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors", "supervisors.png")
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=HEADLINE, type=lambda s: s.split(","),
+                        help=f"some of {', '.join(METHODS)}")
+    parser.add_argument("--segments", default="1,2,3", help="straight pieces of the shortest path",
+                        type=lambda s: [int(k) for k in s.split(",")])
+    parser.add_argument("--mazes", type=int, default=35, help="for each number of segments (35)")
+    parser.add_argument("--seed", type=int, default=0, help="of the mazes")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--vgm", type=Path, default=HERE / "tiny-wan")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    args = parser.parse_args(argv)
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; --help lists them")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = collect(args)
+    table = summaries(rows, args)
+    results = {"mazes": args.mazes, "seed": args.seed, "rows": table}
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table1(table, args), table10(rows, args), sep="\n\n")
+    figures(table, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

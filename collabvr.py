@@ -263,6 +263,7 @@ class CollabVR:
         self.journal.seen.clear()
         self.H, self.steps, self.models, self.unverified = [], [], [], []
         self.cost, self.tried, self.best = Cost(), [], []  # rejected (clip, d) of the step, the run
+        self.like = None  # the first clip, whose size and fps the others must have
         return self.config.caps()
 
     def is_complete(self, a_t: Action, d: Verification | None) -> bool:
@@ -315,7 +316,7 @@ class CollabVR:
             entry["seed"], began = seed + len(entry["errors"]), time.monotonic()
             log.info("    generating %.1f s, seed %d: %s", seconds, entry["seed"], prompt)
             try:
-                clip = checked(self.vgm(frame, prompt, seconds, entry["seed"]))
+                clip = checked(self.vgm(frame, prompt, seconds, entry["seed"]), frame, self.like)
             except Exception as error:  # noqa: BLE001 - whatever it raises, the generation failed
                 fault = {"reason": f"{type(error).__name__}: {error}", "seed": entry["seed"]}
                 entry["errors"].append(fault | {"wall_seconds": time.monotonic() - began})
@@ -329,6 +330,7 @@ class CollabVR:
                              "status": "generator_error"} | error)
         if clip is None:
             raise Problem(f"The generator failed twice in a row ({entry['errors'][-1]['reason']}).")
+        self.like = self.like or clip
         j = 1 + sum(a["status"] != "generator_error" for a in attempts)
         cost.clips += 1
         cost.steps += j == 1
@@ -648,13 +650,19 @@ def good_part(clip: Clip, d: Verification) -> Clip:
     return Clip(clip.frames[: math.floor(d.good_fraction * (len(clip.frames) - 1)) + 1], clip.fps)
 
 
-def checked(clip: Clip) -> Clip:
-    """The clip, if it keeps the contract; else ValueError."""
+def checked(clip: Clip, frame, like: Clip | None) -> Clip:
+    """The clip, if it keeps the contract and can be joined to one like it; else ValueError. Warns
+    if frame 0 does not depict the conditioning frame (A.4: SSIM 0.97 for Wan, 0.82 for Sora 2)."""
     shape, dtype = clip.frames.shape, clip.frames.dtype
     if len(shape) != 4 or shape[3] != 3 or str(dtype) != "uint8":
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
-    if shape[0] < 2 or not clip.fps > 0:
+    if shape[0] < 2 or not 0 < clip.fps < math.inf:
         raise ValueError(f"too few frames: {shape[0]} at {clip.fps} fps")
+    if like and (shape[1:], clip.fps) != (like.frames.shape[1:], like.fps):
+        raise ValueError(f"a clip of {shape[2]}x{shape[1]} at {clip.fps} fps does not go with one "
+                         f"of {like.frames.shape[2]}x{like.frames.shape[1]} at {like.fps} fps")
+    if (same := ssim(frame, clip.frames[0])) < 0.9:
+        log.warning("    frame 0 is not the conditioning frame (SSIM %.2f): is it lost?", same)
     return clip
 
 
@@ -985,6 +993,26 @@ def load_image(path: str):
         raise Problem(f"{path} cannot be read as a picture ({first_line(error)}).") from None
 
 
+def ssim(a, b) -> float:
+    """Structural similarity (Wang et al. 2004) of two pictures, uint8 RGB, brought to the size of
+    the second: of their grey values, the mean over windows of 8 x 8 pixels."""
+    import numpy as np
+    from PIL import Image
+
+    rows, columns = (max(n // 8, 1) for n in b.shape[:2])
+
+    def windows(image):  # (k, 64)
+        grey = Image.fromarray(image).convert("L").resize((columns * 8, rows * 8))
+        grey = np.asarray(grey, float).reshape(rows, 8, columns, 8)
+        return grey.swapaxes(1, 2).reshape(-1, 64)
+
+    x, y = windows(a), windows(b)
+    mx, my, c1, c2 = x.mean(1), y.mean(1), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    covariance = (x * y).mean(1) - mx * my
+    alike = (2 * mx * my + c1) * (2 * covariance + c2)
+    return float((alike / ((mx**2 + my**2 + c1) * (x.var(1) + y.var(1) + c2))).mean())
+
+
 def encode_jpeg(frame) -> bytes:
     """A picture as the VLM gets it: JPEG, at most 1024 pixels a side."""
     from PIL import Image
@@ -1020,6 +1048,10 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    if os.name == "posix":  # the rename too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 # ============================================================================ Command line

@@ -409,6 +409,39 @@ def test_a_clip_that_breaks_the_contract_is_a_failed_generation(frames):
         go(plan(), vgm=lambda frame, prompt, seconds, seed: c.Clip(frames, 8))
 
 
+@pytest.mark.parametrize("second", [((40, 48), 4), ((32, 48), 8)])
+def test_a_clip_that_cannot_be_joined_to_those_before_is_a_failed_generation(second):
+    made = iter([((32, 48), 4), second, second])
+
+    def vgm(frame, prompt, seconds, seed):
+        size, fps = next(made)
+        return c.Clip(np.zeros((9, *size, 3), np.uint8), fps)
+
+    with pytest.raises(c.Problem, match="failed twice in a row .*does not go with"):
+        go(plan(left=2), accept(), plan(), vgm=vgm)
+
+
+def test_a_clip_that_does_not_start_with_the_conditioning_frame_gets_a_warning(caplog):
+    def astray(frame, prompt, seconds, seed):
+        return c.Clip(np.random.default_rng(seed).integers(0, 256, (9, 32, 48, 3), np.uint8), 4)
+
+    go(plan(), accept())
+    assert "conditioning frame" not in caplog.text
+    go(plan(), accept(), vgm=astray)
+    assert "frame 0 is not the conditioning frame (SSIM 0.0" in caplog.text
+
+
+def test_ssim_is_1_for_the_same_picture_and_falls_with_noise_and_takes_any_size():
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    assert c.ssim(picture, picture) == pytest.approx(1)
+    noisy = [np.clip(picture + rng.normal(0, s, picture.shape), 0, 255).astype(np.uint8)
+             for s in (5, 20, 80)]
+    found = [c.ssim(picture, n) for n in noisy]
+    assert found == sorted(found, reverse=True) and found[0] > 0.8 > found[2]
+    assert c.ssim(picture, picture[::2, ::2]) > 0.5 and c.ssim(picture, picture[:3, :5]) <= 1
+
+
 # ------------------------------------------------------------------------------- clips and files
 
 
@@ -884,9 +917,8 @@ def test_without_a_gpu_the_big_checkpoint_is_refused_with_the_offline_command(mo
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = "no(t| CUDA| such|ne| key).*examples/maze/run.py|GPU.*examples/maze/run.py"
-    with pytest.raises(c.Problem, match=said):
-        c.Wan().check()
+    with pytest.raises(c.Problem, match="needs a CUDA GPU.*examples/maze/run.py"):
+        c.Wan().place()
 
 
 # ------------------------------------------------------------------- the file keeps its promises

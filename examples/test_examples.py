@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parent / "maze"), str(Path(__file__).parents[1])]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "maze"), str(HERE), str(HERE.parent)]
 
+import baselines
+import compare
 import vlm
 import world
 
@@ -235,6 +238,114 @@ def test_m1_alone_stops_when_the_planner_sees_the_circle_in_the_goal(url):
         assert result.cost.vlm_calls["planner"] == 3
 
 
+# --------------------------------------------------------------------------------- the baselines
+
+
+class Gambler:
+    """A generator that goes the whole way with every third seed, else only a part of it."""
+
+    def __init__(self, maze):
+        self.maze, self.calls = maze, []
+
+    def __call__(self, frame, prompt, seconds, seed):
+        self.calls.append((prompt, seconds, seed))
+        path = world.shortest_path(self.maze.open, self.maze.start, self.maze.goal)
+        path = path if seed % 3 == 0 else path[: 1 + len(path) // 2]
+        return c.Clip(world.film(self.maze, path, int(8 * seconds) + 1), 8)
+
+
+def baseline(url, method, maze, vgm, **config):
+    model = c.OpenAIVLM(vlm="maze-reader", vlm_url=url, verify_fps=8)
+    run = c.CollabVR(vgm, model, c.Config(**{"seconds_first": 2, "seconds_next": 1} | config))
+    return baselines.METHODS[method](run, world.draw(maze), world.task(maze))
+
+
+def test_single_is_one_clip_and_asks_nobody(url):
+    (maze,) = mazes(1, 2)
+    vgm = Gambler(maze)
+    result = baseline(url, "single", maze, vgm, seed=7)
+    assert vgm.calls == [(world.task(maze), 2, 7)] and result.cost.vlm_calls == {}
+    assert (result.cost.clips, result.cost.vgm_seconds) == (1, 2)
+
+
+def test_pass_at_k_takes_the_seeds_1_to_k_and_the_one_call_picks_the_one_that_arrives(url):
+    for maze in mazes(4, 2):
+        vgm = Gambler(maze)
+        result = baseline(url, "pass4", maze, vgm)
+        assert [seed for *_, seed in vgm.calls] == [1, 2, 3, 4]
+        assert world.score(result.video.frames, maze).solved and result.cost.vgm_seconds == 8
+        assert result.cost.vlm_calls == {"picker": 1}
+        assert [a.get("picked") for a in result.steps[0]["attempts"]] == [None, None, True, None]
+
+
+def test_a_pick_that_does_not_exist_is_asked_for_again():
+    (maze,) = mazes(1, 2)
+    replies = [json.dumps({"reason": "best", "best": k}) for k in (3, 2)]
+    run = c.CollabVR(Gambler(maze), lambda *_: (replies.pop(0), {}))
+    result = baselines.METHODS["pass2"](run, world.draw(maze), "Reach the goal.")
+    assert result.cost.vlm_calls == {"picker": 2} and result.steps[0]["attempts"][1]["picked"]
+
+
+def test_videotpo_makes_two_rounds_of_two_seeds_and_a_last_clip_with_the_rewritten_prompt(url):
+    (maze,) = mazes(1, 2)
+    vgm = Gambler(maze)
+    result = baseline(url, "videotpo", maze, vgm)
+    assert [seed for *_, seed in vgm.calls] == [1, 2, 1, 2, 1]
+    assert result.cost.vlm_calls == {"critic": 2} and result.cost.vgm_seconds == 10
+    assert vgm.calls[0][0] == vgm.calls[1][0] == world.task(maze)
+    assert vgm.calls[4][0].startswith(world.task(maze)) and "Correction" in vgm.calls[4][0]
+
+
+def test_preplanning_asks_once_and_then_chains_one_clip_a_milestone(url):
+    for maze in mazes(4, 3):
+        vgm = Obedient(maze, careless=False)
+        result = baseline(url, "preplan", maze, vgm)
+        assert world.score(result.video.frames, maze).solved
+        assert result.cost.vlm_calls == {"planner": 1} and result.cost.clips == 3
+        assert result.cost.vgm_seconds == 3 * 2.0  # what Obedient makes, whatever it is asked for
+
+
+def test_more_milestones_than_allowed_are_asked_for_again():
+    step = {"instruction": "Move.", "target_state": "there"}
+    replies = [json.dumps({"observation": "", "milestones": [step] * k}) for k in (3, 0, 2)]
+    (maze,) = mazes(1, 2)
+    run = c.CollabVR(Gambler(maze), lambda *_: (replies.pop(0), {}), c.Config(N_max=2))
+    assert baselines.preplan(run, world.draw(maze), "Reach the goal.").cost.clips == 2
+
+
+# --------------------------------------------------------------------- compare, and wrong readers
+
+
+def test_a_reader_that_is_told_to_err_errs_at_about_that_rate_and_always_in_the_same_way():
+    wrong = vlm.Errors(accept_recall=0.8, reject_recall=0.4)
+    for verdict, rate in (("accept", 0.8), ("reject", 0.4)):
+        said = [wrong.applied({"verdict": verdict}, vlm.Request(lines=[str(i)]))["verdict"]
+                for i in range(1000)]
+        again = [wrong.applied({"verdict": verdict}, vlm.Request(lines=[str(i)]))["verdict"]
+                 for i in range(1000)]
+        assert said == again and abs(said.count(verdict) / 1000 - rate) < 0.05
+
+
+def test_held_out_mazes_are_repeatable_and_have_the_segments_that_were_asked_for():
+    one, two = compare.held_out(3, 5, 0), compare.held_out(3, 5, 0)
+    assert (one.open == two.open).all() and one.look == two.look
+    way = world.shortest_path(one.open, one.start, one.goal)
+    assert len(world.segments(way)) == 3
+
+
+def test_intervals_hold_the_mean_and_shrink_with_the_sample():
+    rng = np.random.default_rng(0)
+    few, many = (rng.random(n) < 0.7 for n in (20, 2000))
+    for kind in ("solved", "clips"):
+        widths = []
+        for x in (few, many):
+            low, high = compare.interval(x, kind)
+            assert low < x.mean() < high
+            widths.append(high - low)
+        assert widths[1] < widths[0] / 5
+    assert compare.interval([1.0] * 20, "solved")[0] < 0.9  # all of 20 is not certainty
+
+
 # ----------------------------------------------------------------------------- maze/tiny-wan, slow
 
 
@@ -243,7 +354,7 @@ slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLA
 
 @slow
 def test_the_loop_with_tiny_wan_solves_three_segment_mazes_more_often_than_one_clip_does(url):
-    folder = Path(__file__).parent / "maze" / "tiny-wan"
+    folder = HERE / "maze" / "tiny-wan"
     own = json.loads((folder / "collabvr.json").read_text())
     vgm = c.build(c.Wan, own | {"vgm": str(folder)})
     model = c.OpenAIVLM(vlm="maze-reader", vlm_url=url, verify_fps=8)

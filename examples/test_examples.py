@@ -5,13 +5,17 @@ import base64
 import io
 import json
 import os
+import random
 import re
+import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
@@ -369,3 +373,46 @@ def test_the_loop_with_tiny_wan_solves_three_segment_mazes_more_often_than_one_c
         seconds += result.cost.vgm_seconds / 20
     print(f"solved: one clip {single}/20, the loop {loop}/20 at {seconds:.1f} s of video a maze")
     assert loop >= single + 3
+
+
+@slow
+def test_kill_9_at_thirty_random_moments_changes_nothing_and_pays_for_nothing_twice(
+        url, tmp_path, monkeypatch):
+    asked, answer, chance = [], vlm.answer, random.Random(0)
+    monkeypatch.setattr(vlm, "answer", lambda *args: asked.append(1) or answer(*args))
+    maze = world.make(6, 3, np.random.default_rng([2026, 1]))
+    Image.fromarray(world.draw(maze)).save(tmp_path / "maze.png")
+
+    def start(out):
+        return subprocess.Popen(
+            [sys.executable, HERE.parent / "collabvr.py", "--image", tmp_path / "maze.png",
+             "--task", world.task(maze), "--out", out, "--vlm", vlm.MODEL, "--vlm-url", url,
+             "--vgm", HERE / "maze" / "tiny-wan"],
+            stdout=subprocess.DEVNULL, stderr=(tmp_path / f"{out.name}.log").open("a"))
+
+    def outcome(out):
+        trace = (out / "trace.json").read_text()
+        made = (tmp_path / f"{out.name}.log").read_text().count("generating")
+        video = iio.imread(out / "video.mp4", plugin="pyav").tobytes()
+        return re.sub(r'"[^"]*wall_seconds": ({[^}]*}|[^,}]*)', "", trace), video, made
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    took, calls = time.monotonic() - began, len(asked)
+    *whole, clips = outcome(tmp_path / "whole")
+    killed = run = 0
+    while killed < 30:
+        run, kills = run + 1, 0
+        asked.clear()
+        while True:
+            with start(tmp_path / f"run{run}") as process:
+                try:
+                    assert process.wait(chance.uniform(0.3, 1.2) * took) == 0
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    kills += 1
+        *found, made = outcome(tmp_path / f"run{run}")
+        assert found == whole
+        assert len(asked) <= calls + kills and made <= clips + kills  # the call under way, no more
+        killed += kills

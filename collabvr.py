@@ -37,6 +37,7 @@ Departures. Each is tagged where it happens, with what the paper says, what we d
 [D9]  A clip of s seconds has 4 floor(s fps / 4) + 1 frames; joining drops the repeated one.
 [D10] Partial re-generation inside a step is an option, off by default.
 [D11] A reply that does not fit is asked for again, twice at most, then the run stops.
+[D12] Gemini gets sampled frames too; raw video is an option.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -72,7 +74,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic.dataclasses import dataclass as settings
+from pydantic.dataclasses import dataclass as settings  # a dataclass that checks its values
 
 if TYPE_CHECKING:  # imported where they are used: `import collabvr` and --help stay quick
     import numpy as np
@@ -85,7 +87,7 @@ class Problem(Exception):
     """One sentence for the user: what is wrong and what to do."""
 
 
-class BudgetSpent(Exception):
+class BudgetSpent(Problem):
     """The next clip would go over max_vgm_seconds."""
 
 
@@ -107,6 +109,10 @@ class Config:
     seconds_next: float = Field(3.0, gt=0, le=600, description="clip length afterwards, s (A.1)")
     max_vgm_seconds: float | None = Field(None, gt=0, description="cap on generated video, s")
     seed: int = Field(0, ge=0, lt=2**62, description="seed of the first clip")
+
+    def __post_init__(self):
+        if (self.max_vgm_seconds or math.inf) < self.seconds_first:
+            raise Problem("--max-vgm-seconds must allow one clip at least, --seconds-first long.")
 
     def caps(self) -> tuple[int, int]:
         """(N_max, M). M2 alone has one step, M1 alone rejects nothing (Table 3)."""
@@ -257,13 +263,13 @@ class CollabVR:
         return self.result(H, "step_cap")                                       # line 19
 
     def begin(self) -> tuple[int, int]:
-        """A fresh state; (N_max, M). Raises Problem if not even one clip is allowed."""
-        if (self.config.max_vgm_seconds or math.inf) < self.config.seconds_first:
-            raise Problem("--max-vgm-seconds must allow one clip at least, --seconds-first long.")
+        """A fresh state; (N_max, M)."""
         self.journal.seen.clear()
         self.H, self.steps, self.models, self.unverified = [], [], [], []
-        self.cost, self.tried, self.best = Cost(), [], []  # rejected (clip, d) of the step, the run
-        self.like = None  # the first clip, whose size and fps the others must have
+        self.cost = Cost()
+        self.tried = []  # the step's rejected attempts, as (clip, d)
+        self.best = []  # of all the run's rejected attempts the best one, if any
+        self.first_clip = None  # whose size and fps the others must have
         return self.config.caps()
 
     def is_complete(self, a_t: Action, d: Verification | None) -> bool:
@@ -292,8 +298,11 @@ class CollabVR:
             clip, d = self.tried[-1]
             prefix = good_part(clip, d) if d.good_fraction >= self.config.partial else None
         seconds = self.config.seconds_first if a_t.t == 1 else self.config.seconds_next
-        clip = self.generate(prefix.frames[-1] if prefix else f, a_t.prompt, seconds)
-        return concat([prefix, clip]) if prefix else clip
+        if not prefix:
+            return self.generate(f, a_t.prompt, seconds)
+        clip = self.generate(prefix.frames[-1], a_t.prompt, seconds)
+        self.steps[-1]["attempts"][-1]["prefix_frames"] = len(prefix.frames)
+        return concat([prefix, clip])
 
     def generate(self, frame, prompt: str, seconds: float, seed: int | None = None) -> Clip:
         """One clip, new or from the journal, counted. A failed call uses up no attempt and is
@@ -304,25 +313,10 @@ class CollabVR:
         cost, attempts = self.cost, self.steps[-1]["attempts"]
         if cost.vgm_seconds + seconds > (self.config.max_vgm_seconds or math.inf) + 1e-9:
             log.info("    the next clip would go over max_vgm_seconds")
-            raise BudgetSpent
+            raise BudgetSpent(BudgetSpent.__doc__)
         if seed is None:
             seed = self.config.seed + cost.clips + cost.generator_errors
-        identity = getattr(self.vgm, "identity", {})
-        key = self.journal.key("vgm", frame, prompt, seconds, seed, identity)
-        entry, clip = self.journal.read(key) or ({"errors": []}, None)
-        last_seed = seed + len(entry["errors"]) + 1  # errors: of an earlier start
-        while clip is None and seed + len(entry["errors"]) <= last_seed:
-            self.journal.prepare()
-            entry["seed"], began = seed + len(entry["errors"]), time.monotonic()
-            log.info("    generating %.1f s, seed %d: %s", seconds, entry["seed"], prompt)
-            try:
-                clip = checked(self.vgm(frame, prompt, seconds, entry["seed"]), frame, self.like)
-            except Exception as error:  # noqa: BLE001 - whatever it raises, the generation failed
-                fault = {"reason": f"{type(error).__name__}: {error}", "seed": entry["seed"]}
-                entry["errors"].append(fault | {"wall_seconds": time.monotonic() - began})
-                log.warning("    the generator failed: %s", fault["reason"])
-            entry["wall_seconds"] = time.monotonic() - began
-            self.journal.write(key, entry, clip)
+        key, entry, clip = self.make(frame, prompt, seconds, seed)
         for error in entry["errors"]:
             cost.generator_errors += 1
             cost.vgm_wall_seconds += error["wall_seconds"]
@@ -330,7 +324,7 @@ class CollabVR:
                              "status": "generator_error"} | error)
         if clip is None:
             raise Problem(f"The generator failed twice in a row ({entry['errors'][-1]['reason']}).")
-        self.like = self.like or clip
+        self.first_clip = self.first_clip or clip
         j = 1 + sum(a["status"] != "generator_error" for a in attempts)
         cost.clips += 1
         cost.steps += j == 1
@@ -340,6 +334,31 @@ class CollabVR:
         attempts.append({"j": j, "prompt": prompt, "seed": entry["seed"], "seconds": clip.seconds,
                          "status": "unverified", "clip": self.journal.clip_name(key)})
         return clip
+
+    def make(self, frame, prompt: str, seconds: float, seed: int):
+        """(journal key, entry, clip or None), from the journal or in at most two calls."""
+        identity = getattr(self.vgm, "identity", {})
+        key = self.journal.key("vgm", frame, prompt, seconds, seed, identity)
+        entry, clip = self.journal.read(key) or ({"errors": []}, None)
+        for _ in range(2):
+            if clip is not None:
+                break
+            self.journal.prepare()
+            entry["seed"] = seed + len(entry["errors"])
+            log.info("    generating %.1f s, seed %d: %s", seconds, entry["seed"], prompt)
+            began, reason = time.monotonic(), None
+            try:
+                made = self.vgm(frame, prompt, seconds, entry["seed"])
+                clip = checked(made, frame, self.first_clip)
+            except Exception as error:  # noqa: BLE001 - whatever it raises, the generation failed
+                reason = redact(f"{type(error).__name__}: {error}")
+                log.warning("    the generator failed: %s", reason)
+            entry["wall_seconds"] = wall = time.monotonic() - began
+            if reason:
+                entry["errors"].append(
+                    {"reason": reason, "seed": entry["seed"], "wall_seconds": wall})
+            self.journal.write(key, entry, clip)
+        return key, entry, clip
 
     # ---------------------------------------------------------- Sec. 3.2 Progressive planning
 
@@ -372,7 +391,7 @@ target_state, estimated_steps_remaining.
         self.steps.append({"t": t, "instruction": q, "attempts": [], "route": None})
         if self.config.modules == "m2":
             return Action(t, q, q, is_last=True)
-        past = [line for step in self.steps[:-1] for line in outcome(step)]
+        past = [line for step in self.steps[:-1] for line in told(step)]
         p = self.ask("planner", self.PLANNER, [
             f"Task prompt: {q}", "Input image:", I0, "Steps so far:", *(past or ["none"]),
             *last_frames(H), f"Current frame: {'the last of these' if H else 'the input image'}",
@@ -441,8 +460,9 @@ suggestion, verdict (accept or reject), confidence (0 to 1).
 
     ROUTER = """\
 All attempts at one step of a video generation task were rejected. You decide how to go on. You get
-the task prompt, the input image, the best of the failed clips, and its reason, suggestion and good
-fraction (how much of the clip was right before the error).
+the task prompt, the input image, the last frames of the clips accepted so far, the planned action,
+the best of the failed clips, and its reason, suggestion and good fraction (how much of the clip was
+right before the error).
 
 - regen: an execution slip in one coherent change, with a moderate or high good fraction. The good
   part is kept and the rest is generated once more, with your suggestion.
@@ -467,13 +487,14 @@ split).
             split = ["split"] * (a_t.t < self.config.caps()[0])  # if a step is left to take it up
             allowed = ["regen", *split, "fallback"]
             r = self.ask("router", self.ROUTER, [
-                f"Task prompt: {q}", "Input image:", I0, "Failed clip:", clip,
+                f"Task prompt: {q}", "Input image:", I0, *last_frames(H),
+                f"Planned action: {a_t.instruction}", "Failed clip:", clip,
                 f"Reason: {d.reason}", f"Suggestion: {d.suggestion}",
                 f"Good fraction: {d.good_fraction:.2f}", f"Allowed actions: {', '.join(allowed)}",
             ], Routing, allowed=allowed)
             log.info("    router: %s: %s -> %s", r.action, r.reason, r.suggestion)
             self.steps[-1]["route"], action = r.model_dump(), r.action
-        if action in ("replan", "split"):  # after a split, `outcome` tells the next plan
+        if action in ("replan", "split"):  # after a split, `told` tells the next plan
             return H, f, None
         if action == "fallback":  # one single-shot run, N = 1: from I0, with q, not verified
             H[:], self.unverified[:] = [self.generate(I0, q, self.config.seconds_first)], [a_t.t]
@@ -486,7 +507,7 @@ split).
                 return H, c_t.frames[-1], "complete" if self.is_complete(a_t, d) else None
             clip, d = best_of(self.tried)
         self.unverified.append(a_t.t)  # best, also after a regen that was rejected
-        self.steps[-1]["kept"] = True
+        self.steps[-1]["kept"] = d.reason
         H.append(clip)
         return H, clip.frames[-1], None
 
@@ -602,6 +623,7 @@ def parse_object(text: str | None) -> dict:
         raise ValueError(f"a reply of {len(text):,} characters")
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
     value = json.loads(fenced[1] if fenced else text, object_pairs_hook=once)
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - as for any reply that does not fit
     return value
@@ -626,14 +648,19 @@ def last_frames(H: list[Clip]) -> list:
     return [x for i, c in newest for x in (f"Last frame of accepted clip {i}:", c.frames[-1])]
 
 
-def outcome(step: dict) -> list[str]:
+def told(step: dict) -> list[str]:
     """What the planner is told of an earlier step."""
     clips = [a for a in step["attempts"] if a["status"] != "generator_error"]
-    kept = "the best attempt was kept" if step.get("kept") else "nothing was kept"
-    text = {"accept": f"accepted, progress {clips[-1].get('progress')}",
-            "unverified": "done, not verified",
-            "reject": f"rejected {len(clips)} times, {kept}: {clips[-1].get('reason')}"}
-    lines = [f"Step {step['t']}: {step['instruction']} Outcome: {text[clips[-1]['status']]}"]
+    last = clips[-1]
+    if last["status"] == "accept":
+        outcome = f"accepted, progress {last['progress']}"
+    elif last["status"] == "unverified":
+        outcome = "done, not verified"
+    elif "kept" in step:
+        outcome = f"rejected {len(clips)} times, the best attempt was kept: {step['kept']}"
+    else:
+        outcome = f"rejected {len(clips)} times, nothing was kept: {last['reason']}"
+    lines = [f"Step {step['t']}: {step['instruction']} Outcome: {outcome}"]
     if step["route"] and step["route"]["action"] == "split":
         lines.append("Advice: split what remains into about {estimated_steps} smaller steps. "
                      "{suggestion} ({reason})".format(**step["route"]))
@@ -663,7 +690,7 @@ def checked(clip: Clip, frame, like: Clip | None) -> Clip:
                          f"of {like.frames.shape[2]}x{like.frames.shape[1]} at {like.fps} fps")
     if (same := ssim(frame, clip.frames[0])) < 0.9:
         log.warning("    frame 0 is not the conditioning frame (SSIM %.2f): is it lost?", same)
-    return clip
+    return Clip(clip.frames, float(clip.fps))  # it may be one of numpy's numbers
 
 
 # ===================================================================================== VLM
@@ -675,8 +702,9 @@ class OpenAIVLM:
     GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
 
     vlm: str = Field("gemini-2.5-pro", description="the VLM's model name (App. A.1)")
-    vlm_url: str = Field("https://generativelanguage.googleapis.com/v1beta/openai/",
-                         description="base URL of an OpenAI-compatible endpoint")
+    vlm_url: Annotated[str, AfterValidator(lambda url: web_address(url))] = Field(
+        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        description="base URL of an OpenAI-compatible endpoint")
     temperature: float | None = Field(0.2, ge=0, description="or none: not sent (App. A.1)")
     video_input: Literal["frames", "video"] = Field("frames", description="how clips are sent")
     verify_fps: float = Field(1.0, gt=0, description="frames per second that it sees (App. A.1)")
@@ -692,7 +720,7 @@ class OpenAIVLM:
 
     @property
     def host(self) -> str:
-        return urlsplit(self.vlm_url).hostname or self.vlm_url
+        return urlsplit(self.vlm_url).hostname
 
     @property
     def key(self) -> str | None:
@@ -702,65 +730,97 @@ class OpenAIVLM:
 
     def check(self) -> None:
         """Raises Problem if there is no key, no endpoint, or no such model there."""
-        if not self.key:
-            raise Problem(f"No API key for {self.host}: set GEMINI_API_KEY, or name another "
-                          f"endpoint with --vlm-url; without either there is {OFFLINE}")
-        names = [m.id.removeprefix("models/") for m in self.request("models.list")]
+        names = self.request(lambda client: [m.id for m in client.models.list()])
+        names = [name.removeprefix("models/") for name in names]
         if self.vlm not in names:
             raise Problem(f"{self.host} has no model {self.vlm!r}; it has {', '.join(names[:8])}.")
 
-    def request(self, method: str, **body):
-        """One request by the openai client, retries included. Raises Problem, without the key."""
+    def request(self, send):
+        """send(client), the client's retries included. Raises Problem, without the key."""
         import openai
 
+        if not self.key:
+            raise Problem(f"No API key for {self.host}: set GEMINI_API_KEY, or name another "
+                          f"endpoint with --vlm-url; without either there is {OFFLINE}")
         try:
-            client = openai.OpenAI(api_key=self.key, base_url=self.vlm_url, max_retries=6,
-                                   timeout=self.timeout)
-            return functools.reduce(getattr, method.split("."), client)(**body)
+            return send(openai.OpenAI(api_key=self.key, base_url=self.vlm_url, max_retries=6,
+                                      timeout=self.timeout))
         except openai.APIStatusError as error:  # str() hides Google's error bodies, which are lists
-            said = f"{error.status_code} {json.dumps(error.body)[:300]}"
-        except openai.OpenAIError as error:
+            said = f"{error.status_code} {json.dumps(error.body)}"
+        except Exception as error:  # noqa: BLE001 - a URL, a key, a page of HTML: all end here
             said = f"nothing usable ({first_line(error)})"
-        raise Problem(f"{self.host} answered {said}.".replace(self.key, "***"))
+        raise Problem(f"{self.host} answered {redact(said)[:300]}.")
 
     def __call__(self, instructions: str, parts: list, schema: type[BaseModel]):
         """(text, usage), see "The two callables". Raises Problem when the endpoint gives up."""
         content = [piece for part in parts for piece in self.encode(part)]
-        reply = self.request(
-            "chat.completions.create", model=self.vlm, extra_body=self.request_extra,
-            messages=[{"role": "system", "content": instructions},
-                      {"role": "user", "content": content}],
-            response_format={"type": "json_schema", "json_schema": {
-                "name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}},
-            **({} if self.temperature is None else {"temperature": self.temperature}))
-        if not getattr(reply, "choices", None):
-            return "", {"fault": "the endpoint sent no choices"}
-        choice, usage = reply.choices[0], {"model": reply.model}
-        if reply.usage:
-            used = usage["tokens_in"] = reply.usage.prompt_tokens
-            usage["tokens_out"] = reply.usage.completion_tokens
+        body = {
+            "model": self.vlm, "extra_body": self.request_extra,
+            "messages": [{"role": "system", "content": instructions},
+                         {"role": "user", "content": content}],
+            "response_format": {"type": "json_schema", "json_schema": {
+                "name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}}}
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
+
+        def send(client):
+            try:
+                return client.chat.completions.create(**body)
+            except json.JSONDecodeError:  # status 200, but no JSON: to be asked for again
+                return None
+
+        reply = self.request(send)
+        choice = (getattr(reply, "choices", None) or [None])[0]
+        if not getattr(choice, "message", None):
+            return "", {"fault": "the endpoint sent no message"}
+        usage, used = {"model": reply.model}, reply.usage
+        if used:
+            usage["tokens_in"] = used.prompt_tokens or 0
+            # thoughts are billed, but not every endpoint counts them as completion
+            usage["tokens_out"] = max(used.completion_tokens or 0,
+                                      (used.total_tokens or 0) - usage["tokens_in"])
             text = len(instructions) + sum(len(x.get("text", "")) for x in content)
             pictures = sum(x["type"] != "text" for x in content)
-            if used < text / 5 + 20 * pictures:  # English has 4 to 5 characters a token
+            if usage["tokens_in"] < text / 5 + 20 * pictures:  # English: 4 to 5 characters a token
                 log.warning("    only %d tokens for %d characters and %d pictures: does %s drop "
-                            "the media?", used, text, pictures, self.host)
+                            "the media?", usage["tokens_in"], text, pictures, self.host)
         if choice.message.refusal or choice.finish_reason not in ("stop", None):
             usage["fault"] = choice.message.refusal or f"finish_reason {choice.finish_reason}"
-        return choice.message.content or "", usage
+        text = choice.message.content
+        return text if isinstance(text, str) else "", usage
 
     def encode(self, part) -> list[dict]:
-        """A part as content: text, a JPEG, or a clip as sampled frames or as an MP4."""
+        """A part as content: text, a JPEG, or a clip as sampled frames or as an MP4.
+
+        [D12] Paper: Gemini gets the raw video. Here: sampled frames, as any other VLM; `video` is
+        an option. Because: OpenAI-compatible endpoints do not document how to send one."""
         if isinstance(part, str):
             return [{"type": "text", "text": part}]
         if isinstance(part, Clip) and self.video_input == "frames":
             return [piece for i in sample(part, self.verify_fps) for x in (
                 f"Frame at {i / part.fps:.2f} s:", part.frames[i]) for piece in self.encode(x)]
         kind, mime, data = "image_url", "image/jpeg", part
-        if isinstance(part, Clip):  # Google is said to take videos as image_url; undocumented
+        if isinstance(part, Clip):  # Google is said to take videos as image_url
             kind, mime = kind if "googleapis" in self.host else "video_url", "video/mp4"
         data = encode_video(part) if isinstance(part, Clip) else encode_jpeg(part)
         url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
         return [{"type": kind, kind: {"url": url}}]
+
+
+def web_address(url: str) -> str:
+    """The URL, if it is one. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError("must look like http://HOST:PORT/v1")
+    return url
+
+
+def redact(text: str) -> str:
+    """The text without what the environment says is a secret."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("KEY|TOKEN|SECRET|PASSW", name.upper()):
+            text = text.replace(value, "***")
+    return text
 
 
 def sample(clip: Clip, per_second: float) -> list[int]:
@@ -794,15 +854,18 @@ class Wan:
     @functools.cached_property
     def weights(self) -> dict[str, float]:
         """GB of safetensors in each component, of the folder or on the hub. Raises Problem."""
-        if Path(self.vgm).is_dir():
-            found = Path(self.vgm).glob("*/*.safetensors")
-            files = [(p.parent.name, p.stat().st_size) for p in found]
-        else:
-            import huggingface_hub
+        import huggingface_hub as hub
 
+        folder, files = Path(self.vgm), []
+        with contextlib.suppress(OSError, ValueError):  # what was downloaded before
+            if not folder.is_dir():
+                folder = Path(hub.snapshot_download(self.vgm, local_files_only=True))
+        if folder.is_dir():
+            files = [(p.parent.name, p.stat().st_size) for p in folder.glob("*/*.safetensors")]
+        else:
             try:
-                info = huggingface_hub.HfApi().model_info(self.vgm, files_metadata=True)
-            except (OSError, ValueError, RuntimeError) as error:
+                info = hub.HfApi().model_info(self.vgm, files_metadata=True)
+            except Exception as error:  # noqa: BLE001 - of the HTTP library beneath, too
                 raise Problem(f"{self.vgm} is no folder here and not to be had from the hub "
                               f"({first_line(error)}); offline there is {OFFLINE}") from None
             files = [(s.rfilename.split("/")[0], s.size) for s in info.siblings
@@ -819,7 +882,8 @@ class Wan:
 
         cuda = torch.cuda.is_available()
         if not cuda and not Path(self.vgm).is_dir():
-            raise Problem(f"{self.vgm} needs a CUDA GPU, and there is none; there is {OFFLINE}")
+            raise Problem(f"{self.vgm} is no folder here, and a checkpoint from the hub needs a "
+                          f"CUDA GPU, of which there is none; there is {OFFLINE}")
         need, largest = sum(self.weights.values()), max(self.weights.values())
         ram = psutil.virtual_memory().available / 1e9
         gpu = torch.cuda.mem_get_info()[0] / 1e9 if cuda else 0.0
@@ -842,15 +906,18 @@ class Wan:
 
         choice = self.place()
         dtype = {"default": torch.bfloat16, "vae": torch.float32}
-        pipe = WanImageToVideoPipeline.from_pretrained(
-            self.vgm, torch_dtype=dtype, use_safetensors=True)
-        if choice == "model":
-            pipe.enable_model_cpu_offload()
-        elif choice == "group":
-            pipe.enable_group_offload(
-                torch.device("cuda"), offload_type="leaf_level", use_stream=True)
-        else:
-            pipe.to("cpu" if choice == "cpu" else "cuda")
+        try:
+            pipe = WanImageToVideoPipeline.from_pretrained(
+                self.vgm, torch_dtype=dtype, use_safetensors=True)
+            if choice == "model":
+                pipe.enable_model_cpu_offload()
+            elif choice == "group":
+                pipe.enable_group_offload(
+                    torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+            else:
+                pipe.to("cpu" if choice == "cpu" else "cuda")
+        except Exception as error:  # a damaged file, no memory, a class that diffusers lacks
+            raise Problem(f"{self.vgm} cannot be loaded ({first_line(error)}).") from error
         pipe.set_progress_bar_config(desc="    denoising", leave=False)
         return pipe
 
@@ -1093,7 +1160,22 @@ def build(part, typed: dict):
         return part(**mine)
     except ValidationError as error:
         e = error.errors()[0]
-        raise Problem(f"{flag(str(e['loc'][0]))} {e['input']}: {e['msg']}.") from None
+        said = "" if e["loc"] == ("vlm_url",) else f" {e['input']}"  # it may hold a password
+        raise Problem(f"{flag(str(e['loc'][0]))}{said}: {e['msg']}.") from None
+
+
+def carried(path: Path) -> dict:
+    """The options that a checkpoint folder brings along. Raises Problem."""
+    if not path.is_file():
+        return {}
+    try:
+        options = json.loads(path.read_text())
+        known = {name for part in PARTS for name in part.__pydantic_fields__}
+        if unknown := set(options) - known:
+            raise ValueError(f"no such option: {', '.join(map(str, unknown))}")
+        return dict(options)
+    except (ValueError, TypeError) as error:
+        raise Problem(f"{path} holds no options ({first_line(error)}).") from None
 
 
 def load_callable(name: str, arguments: list[str]):
@@ -1101,12 +1183,15 @@ def load_callable(name: str, arguments: list[str]):
     file, _, attribute = name.rpartition(":")
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
     try:
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(f"vgm_{Path(file).stem}", file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         made = getattr(module, attribute)
-        built = dict(a.split("=", 1) for a in arguments)
-        return made(**built) if isinstance(made, type) else made
+        if isinstance(made, type):
+            made = made(**dict(a.split("=", 1) for a in arguments))
+        with contextlib.suppress(AttributeError):  # slots
+            vars(made).setdefault("identity", {"vgm": name, "vgm_arg": arguments})
+        return made
     except Exception as error:  # it is the user's code, whatever it raises
         raise Problem(f"--vgm {name} cannot be loaded ({first_line(error)}).") from error
 
@@ -1144,21 +1229,24 @@ def main(argv=None) -> int:
         if not q:
             raise Problem("The task is empty: say what the video should show.")
         name = typed.get("vgm", Wan.__pydantic_fields__["vgm"].default)
-        if (carried := Path(name, "collabvr.json")).is_file():
-            typed = json.loads(carried.read_bytes()) | typed
+        typed = carried(Path(name, "collabvr.json")) | typed
         config, vlm = build(Config, typed), build(OpenAIVLM, typed)
         vgm = load_callable(name, args.vgm_arg) if ".py:" in name else build(Wan, typed)
         pixels = sha256(repr(I0.shape).encode() + I0.tobytes())
         stem = re.sub(r"[^-\w]", "_", Path(args.image).stem)[:60]
         out = args.out or Path("runs", f"{stem}-{sha256((pixels + q).encode())[:8]}")
         chosen = asdict(config) | vlm.identity | {"vlm_host": vlm.host}
-        chosen |= {"vgm": name, "vgm_arg": args.vgm_arg} | getattr(vgm, "identity", {})
+        chosen |= getattr(vgm, "identity", {})
+        chosen |= {"vgm": name, "vgm_arg": [a.split("=")[0] for a in args.vgm_arg]}  # no secrets
 
         @functools.cache
         def prepare():  # before the first call that the journal cannot answer
             clips, seconds = config.worst_case()
             vlm.check()
             if isinstance(vgm, Wan):  # loaded now: a checkpoint that fails should cost no VLM call
+                if vgm.fps * min(config.seconds_first, config.seconds_next) < 4:
+                    raise Problem("A clip of Wan has five frames at least: raise --seconds-first, "
+                                  "--seconds-next or --fps.")
                 _ = vgm.place() if args.dry_run else vgm.pipe
             disk = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
             area = min(I0.shape[0] * I0.shape[1], 832 * 480)

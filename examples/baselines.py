@@ -1,10 +1,12 @@
 """What the paper compares CollabVR with (Sec. 4, Fig. 4, App. A.1), over the same two callables.
 
-    python examples/baselines.py pass4 --image x.png --task ".."     options as for collabvr.py
-
 Each method is a function of (run, I0, q), where `run` is a `collabvr.CollabVR`: that brings the
 counting, the journal and the asking again. All of them return a `Result`; every clip counts, and a
-result says `unverified`, because none of these methods checks what it returns.
+result says `unverified`, because none of these methods checks what it returns. examples/maze/
+compare.py runs them all.
+
+    run = CollabVR(vgm, vlm, Config())
+    result = METHODS["pass4"](run, I0, q)
 """
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def pass_at_k(run: CollabVR, I0, q: str, k: int) -> Result:
     clips = [run.generate(I0, q, seconds, seed) for seed in range(1, k + 1)]
     parts = [x for i, clip in enumerate(clips, 1) for x in (f"Candidate {i}:", clip)]
     pick = run.ask("picker", PICKER, [f"Task prompt: {q}", "Input image:", I0, *parts], Pick, k=k)
-    run.steps[-1]["attempts"][pick.best - 1] |= {"reason": pick.reason, "picked": True}
+    made = [a for a in run.steps[-1]["attempts"] if a["status"] == "unverified"]
+    made[pick.best - 1] |= {"reason": pick.reason, "picked": True}
     return end(run, [clips[pick.best - 1]])
 
 

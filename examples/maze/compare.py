@@ -89,6 +89,8 @@ def sample(method: str, segments: int, i: int, seed: int) -> dict:
 
 def collect(args) -> list[dict]:
     """All rows that are asked for, old ones from the file, new ones on both cores."""
+    weights = sorted(args.vgm.glob("*/*.safetensors"))
+    vgm = collabvr.sha256(b"".join(p.read_bytes() for p in weights))[:12]
     path, rows = args.out / "runs.jsonl", []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text().splitlines():
@@ -96,17 +98,20 @@ def collect(args) -> list[dict]:
                 rows.append(json.loads(line))
     keys = [(m, k, i, args.seed) for i in range(args.mazes) for k in args.segments
             for m in args.methods]
-    done = {(r["method"], r["segments"], r["i"], r["seed"]): r for r in rows}
+    done = {(r["method"], r["segments"], r["i"], r["seed"]): r for r in rows if r["vgm"] == vgm}
     todo = [key for key in keys if key not in done]
     fresh = multiprocessing.get_context("spawn")
     with (path.open("a") as file, tqdm(total=len(keys), initial=len(keys) - len(todo)) as bar,
           ProcessPoolExecutor(args.workers, fresh, start, (str(args.vgm),)) as pool):
-        for future in as_completed(pool.submit(sample, *key) for key in todo):
-            row = future.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            done[row["method"], row["segments"], row["i"], row["seed"]] = row
-            bar.update()
+        futures = {pool.submit(sample, *key): key for key in todo}
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = row = future.result() | {"vgm": vgm}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is finished is in the file
     return [done[key] for key in keys]
 
 

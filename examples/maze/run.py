@@ -40,6 +40,8 @@ def main(argv=None) -> int:
     parser.add_argument("--task", help="what is to be done in it")
     parser.add_argument("--strip", help="a PNG to be drawn of the run's attempts")
     args, others = parser.parse_known_args(argv)
+    if args.strip and args.image and not args.out:
+        parser.error("--strip needs --out when the picture is your own")
 
     with vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -47,7 +49,7 @@ def main(argv=None) -> int:
         if image is None:
             maze = world.make(6, 3, np.random.default_rng([2026, args.maze_seed]))
             out = out or f"runs/maze-{args.maze_seed}"
-            image = str(Path(out, "maze.png"))
+            image = str(Path(out, f"maze-{args.maze_seed}.png"))
             Path(out).mkdir(parents=True, exist_ok=True)
             iio.imwrite(image, world.draw(maze))
             task = task or world.task(maze)

@@ -264,6 +264,20 @@ def test_route_regen_that_is_rejected_goes_on_with_the_best_attempt():
     assert colours(result.video) == [1, 3]
 
 
+def test_the_router_sees_what_was_accepted_what_was_planned_and_the_best_failed_clip():
+    _, _, vlm = go(plan(left=2), accept(), plan("go down"), reject(0.1), reject(0.6, reason="late"),
+                   reject(0.3), route("fallback"))
+    text = vlm.calls[-1]["text"]
+    assert "Last frame of accepted clip 1:" in text and "Planned action: go down" in text
+    assert "Reason: late" in text and "Good fraction: 0.60" in text
+
+
+def test_the_next_plan_is_told_why_the_attempt_that_was_kept_was_rejected():
+    _, _, vlm = go(plan(left=2), reject(0.6, reason="too late"), reject(0.1, reason="astray"),
+                   plan(), accept(), M=2, on_exhausted="best")
+    assert "rejected 2 times, the best attempt was kept: too late" in vlm.calls[3]["text"]
+
+
 def test_route_split_tells_the_next_plan_and_changes_nothing_else():
     result, vgm, vlm = go(plan("all of it"), reject(), route("split", "in two moves", 2),
                           plan("half"), accept(), M=1)
@@ -641,6 +655,12 @@ def bad(capsys, *argv):
     (["--image", "X", "--task", "t"], "No API key for generativelanguage.googleapis.com"),
     (["--image", "X", "--task", "t", "--vlm-url", "http://127.0.0.1:9/v1", "--vlm", "m"],
      "127.0.0.1 answered nothing usable"),
+    (["--image", "X", "--task", "t", "--vlm-url", "user:secret@example.org/v1"], "http://HOST"),
+    (["--image", "X", "--task", "t", "--vlm-url", "http://[::1/v1"], "--vlm-url"),
+    (["--image", "X", "--task", "t", "--vlm-url", "http://example.org:80x/v1"], "--vlm-url"),
+    (["--image", "X", "--task", "t", "--max-vgm-seconds", "5"], "--max-vgm-seconds must allow"),
+    (["--image", "X", "--task", "t", "--vgm", "./no-folder", "--vlm-url", "http://127.0.0.1:9/v1"],
+     "127.0.0.1 answered nothing usable"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_status_2(
         argv, said, capsys, picture, tmp_path, monkeypatch):
@@ -651,6 +671,13 @@ def test_bad_input_gets_one_sentence_and_exit_status_2(
     out = [] if "X" not in argv else ["--out", tmp_path / "out"]
     assert said in bad(capsys, *[picture if a == "X" else a for a in argv], *out)
     assert not list(tmp_path.glob("out/*.mp4"))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"colour": 1}', "\xff"])
+def test_options_that_come_with_a_checkpoint_are_checked(text, tmp_path, picture, capsys):
+    (tmp_path / "collabvr.json").write_text(text, encoding="latin-1")
+    said = bad(capsys, "--image", picture, "--task", "t", "--vgm", tmp_path)
+    assert "collabvr.json holds no options" in said
 
 
 def test_a_picture_of_absurd_size_is_refused(tmp_path, capsys):
@@ -805,6 +832,106 @@ def test_an_endpoint_that_refuses_ends_the_run_in_one_sentence_and_the_next_star
     with Endpoint(plan(), accept()) as endpoint:
         assert c.main([*job, "--vlm-url", endpoint.url]) == 0
     assert len((tmp_path / "count").read_text()) == 2 and not partial.exists()
+
+
+def chat(content, **others):
+    """A chat completion's body with that content, and what differs from the usual."""
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "test",
+            "choices": [{"index": 0, "finish_reason": "stop",
+                         "message": {"role": "assistant", "content": content}}],
+            "usage": {"prompt_tokens": 9999, "completion_tokens": 5, "total_tokens": 10004}}
+    return 200, body | others
+
+
+YES = json.dumps(accept())
+NO_MESSAGE = [{"index": 0, "finish_reason": "stop", "message": None}]
+SAID = {"role": "assistant", "content": YES}
+CUT_OFF = [{"index": 0, "finish_reason": "length", "message": SAID}]
+FILTERED = [{"index": 0, "finish_reason": "content_filter", "message": SAID}]
+
+
+@pytest.mark.parametrize("odd", [
+    chat(YES, choices=[]), chat(YES, choices=None), chat(YES, choices=NO_MESSAGE),
+    chat(YES, choices=CUT_OFF), chat(YES, choices=FILTERED), chat(None), chat([YES]), chat(""),
+    chat("Accept."), chat(YES[:-20]), chat(YES + YES), chat(f"Here it is: {YES}"),
+    chat(YES.replace("accept", "maybe")), chat(YES.replace("accept", "Accept.")),
+    chat(YES.replace("1.0", "1.7")), chat(YES.replace("1.0", "NaN")),
+    chat(YES.replace("1.0", '"1.0"')), chat(YES.replace("as planned", "\\ud83d")),
+    chat(YES.replace('"confidence"', '"verdict": "accept", "confidence"')),
+    chat("x" * 10_000_000), chat("[" * 100_000), (200, "<html>busy</html>"),
+    lambda h: h.send(200, "{", Content_Type="application/json"),
+], ids=lambda x: None)
+def test_an_odd_answer_is_asked_for_again_and_never_an_accept(odd, job, tmp_path):
+    with Endpoint(plan(left=1), odd, reject(), accept()) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    (step,) = json.loads((tmp_path / "out" / "trace.json").read_text())["steps"]
+    assert [a["status"] for a in step["attempts"]] == ["reject", "accept"]
+    assert len(endpoint.requests) == 4
+
+
+def test_replies_in_fences_with_markup_or_without_usage_are_taken_as_they_are(job, tmp_path):
+    markup = accept() | {"reason": "<b>\x07\u202e</b> ![x](http://example.org)"}
+    fenced = f"```json\n{json.dumps(markup)}\n```"
+    with Endpoint(plan(), chat(fenced, usage=None)) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert trace["steps"][0]["attempts"][0]["reason"] == markup["reason"]
+
+
+def test_thoughts_that_an_endpoint_does_not_count_as_completion_are_counted(job, tmp_path):
+    usage = {"prompt_tokens": 9000, "completion_tokens": 5, "total_tokens": 9800}
+    with Endpoint(plan(), chat(YES, usage=usage)) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    cost = json.loads((tmp_path / "out" / "trace.json").read_text())["cost"]
+    assert cost["tokens_out"]["verifier"] == 800
+
+
+def test_a_key_that_an_endpoint_or_a_generator_repeats_is_printed_and_written_nowhere(
+        job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setenv("MY_TOKEN", "t-secret-456")
+    (tmp_path / "gen.py").write_text(
+        "import os\ndef painter(*a): raise ValueError('no ' + os.environ['MY_TOKEN'])")
+    refusal = (401, {"error": {"message": "x" * 260 + "bad key sk-secret-123 is not valid"}})
+    with Endpoint(plan(), refusal) as endpoint:
+        for _ in range(2):
+            assert c.main([*job, "--vlm-url", endpoint.url, "--vgm-arg", "key=t-secret-456"]) == 1
+    out, err = capsys.readouterr()
+    written = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    for secret in ("sk-secret", "t-secret"):
+        assert secret not in out + err and secret.encode() not in written
+
+
+def test_another_generator_in_the_same_folder_is_not_taken_for_the_first(job, tmp_path):
+    with Endpoint(plan(), accept(), accept()) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+        (tmp_path / "other.py").write_text(GENERATOR)
+        job[job.index("--vgm") + 1] = f"{tmp_path / 'other.py'}:painter"
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    assert (tmp_path / "count").read_text() == "xx"
+
+
+def test_a_generator_can_be_a_class_with_arguments_in_a_file_with_postponed_annotations(
+        job, tmp_path):
+    (tmp_path / "gen.py").write_text("from __future__ import annotations\n" + GENERATOR + """
+from dataclasses import dataclass
+@dataclass
+class Painter:
+    colour: str
+    fps: int = 4
+    def __call__(self, *request):
+        assert self.colour == "a=b"
+        return painter(*request)
+""")
+    job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:Painter"
+    with Endpoint(plan(), accept()) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url, "--vgm-arg", "colour=a=b"]) == 0
+
+
+def test_a_page_in_place_of_the_list_of_models_is_noticed(job, capsys):
+    with Endpoint() as endpoint:
+        endpoint.server.RequestHandlerClass.do_GET = lambda h: h.send(200, "<html>hello</html>")
+        assert "answered nothing usable" in bad(capsys, *job, "--vlm-url", endpoint.url)
 
 
 def test_an_unknown_model_is_noticed_before_anything_is_asked(job, capsys):

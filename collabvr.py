@@ -688,7 +688,7 @@ def checked(clip: Clip, frame, like: Clip | None) -> Clip:
     if like and (shape[1:], clip.fps) != (like.frames.shape[1:], like.fps):
         raise ValueError(f"a clip of {shape[2]}x{shape[1]} at {clip.fps} fps does not go with one "
                          f"of {like.frames.shape[2]}x{like.frames.shape[1]} at {like.fps} fps")
-    if (same := ssim(frame, clip.frames[0])) < 0.9:
+    if (same := ssim(frame, clip.frames[0])) < 0.85:
         log.warning("    frame 0 is not the conditioning frame (SSIM %.2f): is it lost?", same)
     return Clip(clip.frames, float(clip.fps))  # it may be one of numpy's numbers
 
@@ -903,12 +903,17 @@ class Wan:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses a part Wan needs not
         import torch
         from diffusers import WanImageToVideoPipeline
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
 
-        choice = self.place()
+        choice, watched = self.place(), sys.stderr.isatty()
+        if not watched:  # progress bars are for eyes, not for files
+            diffusers_logging.disable_progress_bar()
+            transformers_logging.disable_progress_bar()
         dtype = {"default": torch.bfloat16, "vae": torch.float32}
         try:
             pipe = WanImageToVideoPipeline.from_pretrained(
-                self.vgm, torch_dtype=dtype, use_safetensors=True)
+                self.vgm, dtype=dtype, use_safetensors=True)
             if choice == "model":
                 pipe.enable_model_cpu_offload()
             elif choice == "group":
@@ -918,7 +923,7 @@ class Wan:
                 pipe.to("cpu" if choice == "cpu" else "cuda")
         except Exception as error:  # a damaged file, no memory, a class that diffusers lacks
             raise Problem(f"{self.vgm} cannot be loaded ({first_line(error)}).") from error
-        pipe.set_progress_bar_config(desc="    denoising", leave=False)
+        pipe.set_progress_bar_config(desc="    denoising", leave=False, disable=not watched)
         return pipe
 
     @functools.lru_cache(16)  # noqa: B019 - a run has one

@@ -1218,10 +1218,22 @@ def claim(out: Path, identity: dict):
     return lock
 
 
+def printable(text: str) -> str:
+    """The text without what could steer a terminal: models and files wrote some of it."""
+    return "".join(x if x.isprintable() else "\N{REPLACEMENT CHARACTER}" for x in text)
+
+
+class Plain(logging.Formatter):
+    def format(self, record):
+        return printable(super().format(record))
+
+
 def main(argv=None) -> int:
     """The command line. Returns 0: a video was made; 2: something was wrong before any model was
     called; 1: something failed later; 130: interrupted."""
-    logging.basicConfig(format="%(message)s")
+    screen = logging.StreamHandler()
+    screen.setFormatter(Plain("%(message)s"))
+    logging.basicConfig(handlers=[screen])
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     run = lock = out = None
@@ -1231,8 +1243,8 @@ def main(argv=None) -> int:
         typed = {k: v for part in PARTS for k in part.__pydantic_fields__
                  if (v := getattr(args, k)) is not None}
         I0, q = load_image(args.image), args.task.strip()
-        if not q:
-            raise Problem("The task is empty: say what the video should show.")
+        if not q.encode(errors="ignore").strip() or q != q.encode(errors="replace").decode():
+            raise Problem("The task is empty or no text: say what the video should show.")
         name = typed.get("vgm", Wan.__pydantic_fields__["vgm"].default)
         typed = carried(Path(name, "collabvr.json")) | typed
         config, vlm = build(Config, typed), build(OpenAIVLM, typed)
@@ -1289,7 +1301,7 @@ def main(argv=None) -> int:
     finally:
         if lock:
             lock.release()
-    print(f"collabvr: {said}", file=sys.stderr)
+    print(f"collabvr: {printable(' '.join(said.split()))}", file=sys.stderr)
     if run and status != 2:
         if run.H:
             with contextlib.suppress(OSError):  # a full disk may be what ended the run

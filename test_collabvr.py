@@ -6,11 +6,13 @@ frames, `Script` a VLM that reads its replies from a list. No mock library.
 
 import contextlib
 import http.server
+import io
 import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +20,10 @@ import threading
 import time
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
 import collabvr as c
@@ -606,6 +610,56 @@ def test_damaged_entries_are_noticed_and_made_again(tmp_path):
             path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_power_cut_between_write_and_rename_costs_the_call_under_way_at_most(
+        cut, tmp_path, monkeypatch):
+    undisturbed = without_wall(journaled(tmp_path / "a" / "journal", *FULL, vgm=Painter())[0])
+    renames, replace, vgm, first = itertools.count(1), Path.replace, Painter(), Script(*FULL)
+
+    def power(path, target):
+        if next(renames) == cut:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", power)
+    config, folder = c.Config(seconds_first=2, seconds_next=1), tmp_path / "b" / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        c.CollabVR(vgm, first, config, c.Journal(folder)).run(I0, "q")
+    monkeypatch.undo()
+    assert list(folder.glob("*.tmp"))
+    kept = [json.loads(p.read_bytes().partition(b"\n")[2]) for p in folder.glob("[pv]*.json")]
+    replies, clips = (sum(k in entry for entry in kept) for k in ("replies", "errors"))
+    assert len(first.calls) + len(vgm.calls) - len(kept) <= 1
+    vgm.calls = vgm.calls[:clips]  # Painter's colours are the numbers of its calls
+    result, _ = journaled(folder, *FULL[replies:], vgm=vgm)
+    assert without_wall(result) == undisturbed
+
+
+def test_over_200_steps_memory_grows_by_the_accepted_frames_and_a_step_costs_the_same(tmp_path):
+    import tracemalloc
+
+    steps, marks, frame = 200, [], np.zeros((64, 64, 3), np.uint8)
+
+    def vlm(instructions, parts, schema):
+        if schema is c.Plan:
+            marks.append((time.process_time(), tracemalloc.get_traced_memory()[0]))
+        return json.dumps(plan(left=2) if schema is c.Plan else accept("partial")), {}
+
+    config = c.Config(N_max=steps, seconds_first=4, seconds_next=4)
+    tracemalloc.start()
+    try:
+        result = c.CollabVR(Painter(), vlm, config, c.Journal(tmp_path)).run(frame, "q")
+    finally:
+        tracemalloc.stop()
+    one = 17 * 64 * 64 * 3
+    # Painter keeps a copy of the conditioning frame itself; the plans' lines are text
+    assert result.cost.clips == steps and len(marks) == steps
+    grown = marks[-1][1] - marks[50][1]
+    assert grown < 1.2 * one * (steps - 51)
+    early, late = (marks[b][0] - marks[a][0] for a, b in ((20, 80), (139, 199)))
+    assert late < 1.5 * early + 0.2
+
+
 def test_equal_requests_are_kept_apart(tmp_path):
     journal = c.Journal(tmp_path)
     keys = [journal.key("vgm", I0, "p", 1.0), journal.key("vgm", I0, "p", 1.0),
@@ -618,7 +672,8 @@ def test_equal_requests_are_kept_apart(tmp_path):
 
 def cli(*argv, **env):
     """(exit status, stdout, stderr) of a real process."""
-    env = {k: v for k, v in os.environ.items() if "API_KEY" not in k} | env
+    env = {k: v for k, v in os.environ.items() if "API_KEY" not in k} | {
+        k: str(v) for k, v in env.items()}
     done = subprocess.run([sys.executable, str(ROOT / "collabvr.py"), *map(str, argv)], check=False,
                           capture_output=True, text=True, env=env, timeout=120)
     return done.returncode, done.stdout, done.stderr
@@ -644,6 +699,7 @@ def bad(capsys, *argv):
     (["--image", "nowhere.png", "--task", "t"], "nowhere.png cannot be read"),
     (["--image", __file__, "--task", "t"], "cannot be read as a picture"),
     (["--image", "X", "--task", "  "], "task is empty"),
+    (["--image", "X", "--task", "move \udcff"], "no text"),
     (["--image", "X", "--task", "t", "--n-max", "0"], "--n-max"),
     (["--image", "X", "--task", "t", "--attempts", "two"], "--attempts"),
     (["--image", "X", "--task", "t", "--seconds-first", "nan"], "--seconds-first"),
@@ -870,12 +926,19 @@ def test_an_odd_answer_is_asked_for_again_and_never_an_accept(odd, job, tmp_path
 
 
 def test_replies_in_fences_with_markup_or_without_usage_are_taken_as_they_are(job, tmp_path):
-    markup = accept() | {"reason": "<b>\x07\u202e</b> ![x](http://example.org)"}
+    markup = accept() | {"reason": "<b>\x1b[2J\x07\u202e</b> ![x](http://example.org)"}
     fenced = f"```json\n{json.dumps(markup)}\n```"
     with Endpoint(plan(), chat(fenced, usage=None)) as endpoint:
         assert c.main([*job, "--vlm-url", endpoint.url]) == 0
     trace = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert trace["steps"][0]["attempts"][0]["reason"] == markup["reason"]
+
+
+def test_nothing_that_a_model_says_can_steer_the_terminal(job):
+    sly = accept() | {"reason": "\x1b[2J\x1b]0;owned\x07\u202e"}
+    with Endpoint(plan(), sly) as endpoint:
+        status, out, err = cli(*job, "--vlm-url", endpoint.url, OPENAI_API_KEY="k", PYTHONPATH=ROOT)
+    assert status == 0 and "[2J" in err and not {"\x1b", "\x07", "\u202e"} & set(out + err)
 
 
 def test_thoughts_that_an_endpoint_does_not_count_as_completion_are_counted(job, tmp_path):
@@ -963,6 +1026,25 @@ def test_media_that_an_endpoint_drops_are_noticed(job, caplog):
     assert caplog.text.count("drop the media") == 1
 
 
+def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(job, tmp_path):
+    import resource
+
+    noise = GENERATOR.replace("seed * 40", "np.random.default_rng(seed).integers(0, 256, "
+                                           "frames[1:, :8].shape)")
+    (tmp_path / "gen.py").write_text(noise)
+    with Endpoint(plan(), accept()) as endpoint:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "collabvr.py"), *job, "--vlm-url", endpoint.url],
+            check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "File too large" in done.stderr and "same command goes on" in done.stderr
+        assert not list((tmp_path / "out").rglob("*.mp4"))
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    assert len(endpoint.requests) == 2  # the plan was safe
+    assert (tmp_path / "count").read_text() == "xx"  # the clip could not be kept
+
+
 def test_google_keys_go_to_googles_host_only(monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", "g"), monkeypatch.setenv("OPENAI_API_KEY", "o")
     assert c.OpenAIVLM().key == "g"
@@ -1015,6 +1097,97 @@ def test_kill_9_loses_at_most_the_call_under_way(job, tmp_path):
             other.kill()
         assert c.main([*job, "--vlm-url", endpoint.url]) == 0
     assert (tmp_path / "count").read_text() == "x" and len(endpoint.requests) == 3
+
+
+# ------------------------------------------------------------------------------------- anything
+
+
+quick = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(
+    hypothesis.HealthCheck))
+words = st.text(st.characters(exclude_characters="\0"))
+
+
+@pytest.fixture(scope="module")
+def listener():
+    with Endpoint() as endpoint:
+        yield endpoint.url
+
+
+@quick
+@hypothesis.given(task=words, name=st.sampled_from([
+    "--n-max", "--attempts", "--seconds-first", "--seconds-next", "--max-vgm-seconds", "--seed",
+    "--partial", "--modules", "--temperature", "--verify-fps", "--timeout", "--request-extra",
+    "--on-exhausted", "--video-input", "--fps", "--offload", "--vlm", "--vgm-arg", "--vlm-url"]),
+    value=words | st.floats().map(str) | st.integers().map(str))
+def test_whatever_is_typed_is_taken_or_refused_in_one_sentence(
+        task, name, value, job, listener, capsys, tmp_path):
+    hypothesis.assume(name != "--vlm-url" or not value.startswith("http"))  # it would be called
+    job[job.index("--task") + 1] = task
+    status = c.main([*job, "--vlm-url", listener, "--dry-run", name, value])
+    out, err = capsys.readouterr()
+    assert (status, out[-1:]) in ((0, "\n"), (2, ""))
+    assert status == 0 or err.startswith("collabvr: ") and err.rstrip("\n").isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+@quick
+@hypothesis.given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]))
+def test_a_damaged_picture_is_read_or_refused(data, kind, tmp_path):
+    raw = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    Image.fromarray(noise).save(raw, kind)
+    raw = bytearray(raw.getvalue())
+    for _ in range(data.draw(st.integers(0, 6))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x").write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        picture = c.load_image(str(tmp_path / "x"))
+    except c.Problem as problem:
+        assert "cannot be read" in str(problem) or "pixels" in str(problem)
+    else:
+        assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+almost = st.fixed_dictionaries({k: st.just(v) | anything for k, v in accept().items()})
+
+
+@quick
+@hypothesis.given(reply=anything | almost)
+def test_a_reply_is_a_verdict_only_if_every_field_of_it_is_what_it_should_be(reply):
+    run = c.CollabVR(None, None)
+    run.begin()
+    text = json.dumps(reply)
+    d, fault = run.receive("verifier", {"text": text, "wall_seconds": 0.0}, c.Verification, {})
+    assert (d is None) == (fault is not None)
+    if d:
+        assert reply["verdict"] == d.verdict and 0 <= reply["good_fraction"] <= 1
+        assert type(reply["action_executed"]) is bool and set(reply) == set(accept())
+
+
+@quick
+@hypothesis.given(stem=words.filter(lambda x: "/" not in x and len(x.encode()) < 100))
+def test_no_name_of_a_picture_leads_out_of_the_runs_folder(stem, job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = tmp_path / f"x{stem}.png"
+    Image.fromarray(I0).save(named, "PNG")
+    at = job.index("--out")
+    replies = [json.dumps(plan()), json.dumps(accept())]
+    monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda *_: (replies.pop(0), {}))
+    monkeypatch.setattr(c.OpenAIVLM, "check", lambda _: None)
+    argv = [*job[:at], *job[at + 2 :], "--vlm-url", "http://127.0.0.1:9/v1"]
+    argv[argv.index("--image") + 1] = str(named)
+    before = {p.name for p in tmp_path.iterdir()}
+    try:
+        assert c.main(argv) == 0
+        (made,) = (tmp_path / "runs").iterdir()
+        assert (made / "video.mp4").exists()
+        assert {p.name for p in tmp_path.iterdir()} - before <= {"runs", "count"}
+    finally:
+        named.unlink()
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------- the real pipeline

@@ -6,7 +6,7 @@ text encoder and scheduler classes, only very small. Three stages, each resumabl
 command again): the VAE learns to compress maze clips, a data set of latents is computed once, the
 transformer learns rectified flow on it. Its training set has a short horizon, as real generators
 have: single moves, and whole tasks of one or two straight segments.
-At the end it prints how often unseen clips come out right.
+At the end it prints how often unseen clips come out right; with --check it does only that.
 """
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -431,8 +432,6 @@ def pipeline(vae, modules, tokenizer) -> WanImageToVideoPipeline:
 def evaluate(pipe, args, clips: int) -> dict:
     """{kind: (right, tried)} over unseen clips. Right: the circle ends within half a cell of where
     the prompt wants it, stayed one circle, left no corridor and did not jump."""
-    from PIL import Image
-
     out = {"moves": [0, 0], "evolved moves": [0, 0],
            "1 segment": [0, 0], "2 segments": [0, 0], "3 segments": [0, 0]}
     for kind, tally in out.items():
@@ -482,21 +481,23 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-wan",
                         help="the finished diffusers folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-iterations", type=int, default=2700)
+    parser.add_argument("--vae-iterations", type=int, default=2700, help="of each stretch")
     parser.add_argument("--clips", type=int, default=5000,
                         help="size of the transformer's training set")
-    parser.add_argument("--iterations", type=int, default=3200, help="of the transformer")
+    parser.add_argument("--iterations", type=int, default=5000, help="of the transformer")
     parser.add_argument("--sampling-steps", type=int, default=12)
-    parser.add_argument("--evaluate", type=int, default=50, help="unseen clips of each kind")
+    parser.add_argument("--evaluate", type=int, default=100, help="unseen clips of each kind")
+    parser.add_argument("--check", action="store_true",
+                        help="train nothing, only evaluate what is in --out")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args).requires_grad_(False)
-    rows = make_latents(args, vae)
-    normalise(vae, rows)
-    pipe = train_denoiser(args, vae, rows)
-    save(pipe, args)
+    if not args.check:
+        args.work.mkdir(parents=True, exist_ok=True)
+        vae = train_vae(args).requires_grad_(False)
+        rows = make_latents(args, vae)
+        normalise(vae, rows)
+        save(train_denoiser(args, vae, rows), args)
     pipe = WanImageToVideoPipeline.from_pretrained(
-        args.out, torch_dtype={"default": torch.bfloat16, "vae": torch.float32})
+        args.out, dtype={"default": torch.bfloat16, "vae": torch.float32})
     pipe.set_progress_bar_config(disable=True)
     for kind, (right, tried) in evaluate(pipe, args, args.evaluate).items():
         print(f"{kind}: {right} of {tried} unseen clips right")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -77,15 +78,20 @@ def draw_strip(out: Path, frames: int = 7) -> Image.Image:
                 continue
             clip = iio.imread(out / a["clip"], plugin="pyav")
             picks = clip[np.linspace(0, len(clip) - 1, frames).round().astype(int)]
+            picks = np.pad(picks, ((0, 0), (0, 0), (2, 2), (0, 0)), constant_values=255)
             strip = Image.fromarray(np.concatenate(picks, 1))
-            row = Image.new("RGB", (strip.width + 24, strip.height + 56), "white")
-            row.paste(strip, (12, 32))
+            colour = colours.get(a["status"], "grey")
+            above, below = (textwrap.fill(text, strip.width // 6) for text in (
+                f"step {step['t']}, attempt {a['j']}: {a['prompt']}",
+                f"{a['status']}: {a.get('reason', '')}"))
+            top = 12 + 14 * (above.count("\n") + 1)
+            size = strip.width + 24, top + strip.height + 22 + 14 * below.count("\n")
+            row = Image.new("RGB", size, "white")
             pen = ImageDraw.Draw(row)
-            box = (8, 28, strip.width + 15, strip.height + 35)
-            pen.rectangle(box, outline=colours.get(a["status"], "grey"), width=3)
-            pen.text((10, 8), f"step {step['t']}, attempt {a['j']}: {a['prompt']}", "black")
-            verdict = f"{a['status']}: {a.get('reason', '')}"
-            pen.text((10, strip.height + 38), verdict, colours.get(a["status"], "grey"))
+            pen.text((10, 6), above, "black")
+            pen.rectangle((8, top - 4, strip.width + 15, top + strip.height + 3), colour)
+            row.paste(strip, (12, top))
+            pen.text((10, top + strip.height + 6), below, colour)
             rows.append(row)
     picture = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
     for i, row in enumerate(rows):

@@ -60,6 +60,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -1097,18 +1098,23 @@ def encode_jpeg(frame) -> bytes:
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     """H.264 in MP4 that plays anywhere (sides made even), or FFV1 in Matroska, bit for bit."""
-    import imageio.v3 as iio
+    import av
     import numpy as np
 
-    suffix, codec, pixels = (".mkv", "ffv1", "bgr0") if lossless else (".mp4", "libx264", "yuv420p")
+    container, codec, pixels, options = "mp4", "libx264", "yuv420p", {"crf": "18"}
     frames, out = clip.frames, io.BytesIO()
-    if not lossless:
+    if lossless:
+        container, codec, pixels, options = "matroska", "ffv1", "bgr0", {}
+    else:
         odd = [(0, n % 2) for n in frames.shape[1:3]]
         frames = np.pad(frames, [(0, 0), *odd, (0, 0)], "edge")
-    with iio.imopen(out, "w", plugin="pyav", extension=suffix) as file:
-        file.init_video_stream(codec, fps=clip.fps, pixel_format=pixels)
+    with av.open(out, "w", container) as file:
+        rate = Fraction(clip.fps).limit_denominator(1001)
+        stream = file.add_stream(codec, rate, options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for frame in frames:
-            file.write_frame(frame)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode())
     return out.getvalue()
 
 

@@ -99,8 +99,8 @@ class BudgetSpent(Problem):
 class Config:
     """Settings of the method, with the paper's values. Seconds are seconds of video."""
 
-    N_max: int = Field(3, ge=1, description="planning steps at most (App. A.1)")
-    M: int = Field(3, ge=1, description="attempts per step (App. A.1)")
+    N_max: int = Field(3, ge=1, le=1000, description="planning steps at most (App. A.1)")
+    M: int = Field(3, ge=1, le=1000, description="attempts per step (App. A.1)")
     modules: Literal["m1", "m2", "m1+m2"] = Field("m1+m2", description="what is used (Table 3)")
     on_exhausted: Literal["route", "replan", "best"] = Field(
         "route", description="after M rejections: App. A.5, Alg. 1 to the letter, or C.2")
@@ -122,11 +122,12 @@ class Config:
     def worst_case(self) -> tuple[int, float]:
         """(clips, seconds of video) of a run in which every clip is rejected."""
         N_max, M = self.caps()
-        lengths = [self.seconds_first] + [self.seconds_next] * (N_max - 1)
+        first, rest = self.seconds_first, self.seconds_next * (N_max - 1)
+        longer = 0.0
         if self.on_exhausted == "route" and self.modules != "m1":
             M += 1  # a step may end in a regen, and the last one in a fallback as long as step 1
-        longest = max(self.seconds_first - lengths[-1], 0) * (M > self.caps()[1])
-        return N_max * M, min(sum(lengths) * M + longest, self.max_vgm_seconds or math.inf)
+            longer = max(first - self.seconds_next, 0.0) if N_max > 1 else 0.0
+        return N_max * M, min((first + rest) * M + longer, self.max_vgm_seconds or math.inf)
 
 
 @dataclass(frozen=True)

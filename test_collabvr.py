@@ -701,6 +701,7 @@ def bad(capsys, *argv):
     (["--image", "X", "--task", "  "], "task is empty"),
     (["--image", "X", "--task", "move \udcff"], "no text"),
     (["--image", "X", "--task", "t", "--n-max", "0"], "--n-max"),
+    (["--image", "X", "--task", "t", "--n-max", "99999999999"], "--n-max"),
     (["--image", "X", "--task", "t", "--attempts", "two"], "--attempts"),
     (["--image", "X", "--task", "t", "--seconds-first", "nan"], "--seconds-first"),
     (["--image", "X", "--task", "t", "--partial", "1.5"], "--partial"),

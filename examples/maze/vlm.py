@@ -240,7 +240,8 @@ def judged(request: Request, scene: Scene) -> list[tuple[float, str]]:
         end = scene.find(clip[-1]).circle
         way = scene.path(scene.start, scene.first.goal)
         left = len(scene.path(end, scene.first.goal)) - 1 if end else len(way)
-        out.append((2 * (d["verdict"] == "accept") - left / len(way), d["suggestion"]))
+        short = f"Move {scene.circle} all the way to {scene.goal}." if left else ""
+        out.append((2 * (d["verdict"] == "accept") - left / len(way), d["suggestion"] or short))
     return out
 
 

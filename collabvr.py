@@ -1102,7 +1102,8 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     import av
     import numpy as np
 
-    container, codec, pixels, options = "mp4", "libx264", "yuv420p", {"crf": "18"}
+    container, codec, pixels = "mp4", "libx264", "yuv420p"
+    options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: not the same bits every time
     frames, out = clip.frames, io.BytesIO()
     if lossless:
         container, codec, pixels, options = "matroska", "ffv1", "bgr0", {}

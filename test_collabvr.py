@@ -484,6 +484,12 @@ def test_pictures_shrink_to_the_area_but_never_grow(size, multiple, fitted):
     assert c.fit(*size, multiple) == fitted
 
 
+def test_the_same_frames_make_the_same_video_bit_for_bit():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (12, 12, 12, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    assert len({c.encode_video(c.Clip(frames, 8)) for _ in range(20)}) == 1
+
+
 def test_stored_clips_are_exact_and_the_video_plays_anywhere(tmp_path):
     import imageio.v3 as iio
 

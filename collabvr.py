@@ -810,10 +810,12 @@ class OpenAIVLM:
 
 
 def web_address(url: str) -> str:
-    """The URL, if it is one. Raises ValueError."""
+    """The URL, if it is one and holds no secret. Raises ValueError."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError("must look like http://HOST:PORT/v1")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError("must be without user, password and query: a key is for OPENAI_API_KEY")
     return url
 
 

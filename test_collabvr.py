@@ -4,6 +4,7 @@ The models are scripted: `Painter` is a generator that paints the number of its 
 frames, `Script` a VLM that reads its replies from a list. No mock library.
 """
 
+import base64
 import contextlib
 import http.server
 import io
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import hypothesis
@@ -421,7 +423,8 @@ def test_a_second_failure_in_a_row_stops_the_run():
 
 
 @pytest.mark.parametrize("frames", [
-    np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8), np.uint8), np.zeros((5, 8, 8, 3)), None])
+    np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8), np.uint8), np.zeros((5, 8, 8, 3)), None,
+    np.full((5, 8, 8, 3), np.nan)])
 def test_a_clip_that_breaks_the_contract_is_a_failed_generation(frames):
     with pytest.raises(c.Problem, match="failed twice"):
         go(plan(), vgm=lambda frame, prompt, seconds, seed: c.Clip(frames, 8))
@@ -440,13 +443,13 @@ def test_a_clip_that_cannot_be_joined_to_those_before_is_a_failed_generation(sec
 
 
 def test_a_clip_that_does_not_start_with_the_conditioning_frame_gets_a_warning(caplog):
-    def astray(frame, prompt, seconds, seed):
-        return c.Clip(np.random.default_rng(seed).integers(0, 256, (9, 32, 48, 3), np.uint8), 4)
-
     go(plan(), accept())
     assert "conditioning frame" not in caplog.text
-    go(plan(), accept(), vgm=astray)
-    assert "frame 0 is not the conditioning frame (SSIM 0.0" in caplog.text
+    noise = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), np.uint8)
+    for frames in (noise, np.zeros_like(noise)):  # or a black one
+        caplog.clear()
+        go(plan(), accept(), vgm=lambda *request, frames=frames: c.Clip(frames, 4))
+        assert "frame 0 is not the conditioning frame (SSIM 0.0" in caplog.text
 
 
 def test_ssim_is_1_for_the_same_picture_and_falls_with_noise_and_takes_any_size():
@@ -719,6 +722,10 @@ def bad(capsys, *argv):
     (["--image", "X", "--task", "t", "--vlm-url", "http://127.0.0.1:9/v1", "--vlm", "m"],
      "127.0.0.1 answered nothing usable"),
     (["--image", "X", "--task", "t", "--vlm-url", "user:secret@example.org/v1"], "http://HOST"),
+    (["--image", "X", "--task", "t", "--vlm-url", "http://user:secret@example.org/v1"],
+     "without user, password"),
+    (["--image", "X", "--task", "t", "--vlm-url", "http://example.org/v1?key=secret"],
+     "without user, password"),
     (["--image", "X", "--task", "t", "--vlm-url", "http://[::1/v1"], "--vlm-url"),
     (["--image", "X", "--task", "t", "--vlm-url", "http://example.org:80x/v1"], "--vlm-url"),
     (["--image", "X", "--task", "t", "--max-vgm-seconds", "5"], "--max-vgm-seconds must allow"),
@@ -732,7 +739,8 @@ def test_bad_input_gets_one_sentence_and_exit_status_2(
     # the client's pauses between its retries
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     out = [] if "X" not in argv else ["--out", tmp_path / "out"]
-    assert said in bad(capsys, *[picture if a == "X" else a for a in argv], *out)
+    sentence = bad(capsys, *[picture if a == "X" else a for a in argv], *out)
+    assert said in sentence and "secret" not in sentence
     assert not list(tmp_path.glob("out/*.mp4"))
 
 
@@ -838,15 +846,29 @@ def painter(frame, prompt, seconds, seed):
 """
 
 
+def spellings(secret):
+    """A secret as bytes: as it is, in a URL, and in base64 at the three places in a group."""
+    secret = secret.encode()
+    yield secret
+    yield urllib.parse.quote(secret, safe="").encode()
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + secret + b"x")
+        yield text[(8 * before + 5) // 6 : 8 * (before + len(secret)) // 6]
+
+
 @pytest.fixture
-def job(tmp_path, picture, monkeypatch):
-    """The arguments of a whole run with a generator from a file; COUNT counts its calls."""
+def job(tmp_path, picture, monkeypatch, capsys):
+    """The arguments of a whole run with a generator from a file; COUNT counts its calls. Whatever
+    a test does with it, the key is found neither in what was written nor in what was printed."""
     (tmp_path / "gen.py").write_text(GENERATOR)
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    return ["--image", picture, "--task", "t", "--out", str(tmp_path / "out"),
-            "--vgm", f"{tmp_path / 'gen.py'}:painter", "--vlm", "test",
-            "--seconds-first", "2", "--seconds-next", "1"]
+    yield ["--image", picture, "--task", "t", "--out", str(tmp_path / "out"),
+           "--vgm", f"{tmp_path / 'gen.py'}:painter", "--vlm", "test",
+           "--seconds-first", "2", "--seconds-next", "1"]
+    seen = "".join(capsys.readouterr()).encode() + b"".join(
+        p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert not [text for text in spellings("sk-secret-123") if text in seen]
 
 
 def test_a_whole_run_over_http_with_429_500_503_a_cut_connection_and_a_hang(
@@ -1055,8 +1077,9 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(job, tmp_pat
 def test_google_keys_go_to_googles_host_only(monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", "g"), monkeypatch.setenv("OPENAI_API_KEY", "o")
     assert c.OpenAIVLM().key == "g"
-    assert c.OpenAIVLM(vlm_url="http://user:pw@example.org/v1").key == "o"
-    assert c.OpenAIVLM(vlm_url="http://user:pw@example.org:80/v1?key=1").host == "example.org"
+    elsewhere = c.OpenAIVLM(vlm_url="http://example.org:80/generativelanguage.googleapis.com")
+    assert (elsewhere.key, elsewhere.host) == ("o", "example.org")
+    assert c.OpenAIVLM(vlm_url="http://generativelanguage.googleapis.com.evil.org").key == "o"
 
 
 def test_a_dry_run_checks_everything_and_generates_nothing(job, tmp_path, capsys, caplog):
@@ -1218,6 +1241,26 @@ def test_tiny_wan_makes_the_same_clip_from_the_same_seed_bit_for_bit(wan):
 def test_frames_per_clip_are_4_k_plus_1(wan):
     frame = np.full((64, 80, 3), 200, np.uint8)
     assert [len(wan(frame, "x", s, 0).frames) for s in (0.5, 1.0, 1.2)] == [5, 9, 9]
+
+
+def test_frames_that_are_not_finite_and_too_little_memory_are_failed_generations(wan, monkeypatch):
+    import torch
+
+    weight = wan.pipe.vae.decoder.conv_out.weight
+    kept = weight.detach().clone()
+    torch.nn.init.constant_(weight, float("nan"))
+    try:
+        with pytest.raises(c.Problem, match="failed twice in a row .*not finite"):
+            go(plan(), vgm=wan)
+    finally:
+        weight.data.copy_(kept)
+
+    def full(*args, **others):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(wan.pipe.vae, "decode", full)
+    with pytest.raises(c.Problem, match="failed twice in a row .*out of memory"):
+        go(plan(), vgm=wan)
 
 
 def test_without_a_gpu_the_big_checkpoint_is_refused_with_the_offline_command(monkeypatch):

@@ -337,6 +337,15 @@ def test_held_out_mazes_are_repeatable_and_have_the_segments_that_were_asked_for
     assert len(world.segments(way)) == 3
 
 
+def test_foreign_mazes_can_be_read_and_solved_though_this_project_did_not_draw_them():
+    for i in range(12):
+        maze, picture = compare.foreign(i, 0)
+        seen = world.read(picture)
+        assert (seen.open == maze.open).all() and seen.goal == maze.goal
+        assert np.abs(np.subtract(seen.circle, maze.start)).max() < 0.1
+        assert world.shortest_path(maze.open, maze.start, maze.goal)
+
+
 def test_intervals_hold_the_mean_and_shrink_with_the_sample():
     rng = np.random.default_rng(0)
     few, many = (rng.random(n) < 0.7 for n in (20, 2000))

@@ -3,10 +3,12 @@
     python examples/maze/compare.py --out runs/compare
     python examples/maze/compare.py --out runs/compare --methods single,collabvr --mazes 10
     python examples/maze/compare.py --out runs/compare --methods collabvr,qwen9b,qwen27b,gemini
+    python examples/maze/compare.py --out runs/compare --segments foreign --mazes 100
 
-The mazes are drawn from seeds that training never used. A score comes from world.py's rule, never
-from the VLM that steered. Each finished run is a line in DIR/runs.jsonl, and the same command goes
-on where it stopped; results.json holds the rows and figures need matplotlib.
+The mazes come from seeds that training never used; `foreign` ones are made and drawn by another
+program, in other palettes, and get as many steps as their path has segments. A score comes from
+world.py's rule, never from the VLM that steered. Each finished run is a line in DIR/runs.jsonl, and
+the same command goes on where it stopped; results.json holds the rows and figures need matplotlib.
 """
 from __future__ import annotations
 
@@ -27,6 +29,7 @@ import baselines
 import numpy as np
 import vlm
 import world
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 import collabvr
@@ -55,6 +58,52 @@ def held_out(segments: int, i: int, seed: int) -> world.Maze:
     return world.make(int(rng.integers(4, 9)), segments, rng)
 
 
+PALETTES = [  # wall, corridor, circle, goal
+    ("black", "white", "red", "green"), ("navy", "lightyellow", "crimson", "limegreen"),
+    ("saddlebrown", "wheat", "blue", "red"), ("gray", "white", "orange", "blue"),
+    ("white", "black", "yellow", "red"), ("darkgreen", "palegreen", "magenta", "gold"),
+    ("slategray", "snow", "purple", "cyan"), ("firebrick", "mistyrose", "teal", "gold"),
+    ("#1e1e2e", "#cdd6f4", "#f38ba8", "#a6e3a1"), ("peru", "cornsilk", "darkviolet", "orange"),
+    ("white", "#202020", "deepskyblue", "tomato"), ("#444", "#aaa", "lime", "red")]
+
+
+def foreign(i: int, seed: int) -> tuple[world.Maze, np.ndarray]:
+    """The i-th maze that world.py had no hand in, and its picture: corridors one cell wide by
+    Prim's algorithm, 5 to 8 cells a side, drawn by Pillow at 40 pixels a cell and scaled to 16."""
+    rng = np.random.default_rng([seed, 78, i])
+    n = int(rng.integers(5, 9))
+    edge = int(rng.integers(2)) if n % 2 else 0  # a wall all around, or corridors up to the edge
+    open = np.zeros((n, n), bool)
+    open[edge, edge] = True
+    while True:
+        ways = [(r, c, dr, dc) for r, c in np.argwhere(open) for dr, dc in world.MOVES.values()
+                if (r - edge) % 2 == (c - edge) % 2 == 0
+                and all(edge <= x < n - edge for x in (r + 2 * dr, c + 2 * dc))
+                and not open[r + 2 * dr, c + 2 * dc]]
+        if not ways:
+            break
+        r, c, dr, dc = ways[rng.integers(len(ways))]
+        open[r + dr, c + dc] = open[r + 2 * dr, c + 2 * dc] = True
+    cells = np.argwhere(open)
+    start, goal = (tuple(map(int, cells[k])) for k in rng.choice(len(cells), 2, replace=False))
+    names = PALETTES[rng.integers(len(PALETTES))]
+    picture = Image.new("RGB", (40 * n, 40 * n), names[0])
+    pen = ImageDraw.Draw(picture)
+
+    def square(shape, cell, half, colour):
+        middle = [40 * cell[1] + 20, 40 * cell[0] + 20]
+        shape([x - half for x in middle] + [x + half - 1 for x in middle], fill=colour)
+
+    for cell in cells.tolist():
+        square(pen.rectangle, cell, 20, names[1])
+    half, radius = int(rng.integers(11, 17)), int(rng.integers(11, 16))
+    square(pen.rectangle, goal, half, names[3])
+    square(pen.ellipse, start, radius, names[2])
+    look = world.Look(*map(ImageColor.getrgb, names), radius=radius / 40, half=half / 40)
+    return (world.Maze(open, start, goal, look),
+            np.array(picture.resize((16 * n, 16 * n), Image.Resampling.LANCZOS)))
+
+
 def start(vgm: str) -> None:
     """Once a process: one thread, the generator and an endpoint for each supervisor."""
     import torch
@@ -72,13 +121,19 @@ def start(vgm: str) -> None:
 
 def sample(method: str, segments: int, i: int, seed: int) -> dict:
     """One method on one maze, as a flat row."""
-    maze = held_out(segments, i, seed)
     settings = DEFAULTS | LOOPS.get(method, {}) | {"seed": 1000 * i}
+    if segments == "foreign":
+        maze, picture = foreign(i, seed)
+        way = world.segments(world.shortest_path(maze.open, maze.start, maze.goal))
+        settings = {"N_max": max(3, len(way))} | settings
+    else:
+        maze = held_out(segments, i, seed)
+        picture = world.draw(maze)
     model = collabvr.build(collabvr.OpenAIVLM, DEFAULTS | {
         "vlm": vlm.MODEL, "vlm_url": URLS.get(method) or URLS[""]})
     run = collabvr.CollabVR(WAN, model, collabvr.build(collabvr.Config, settings))
     solve = baselines.METHODS.get(method, collabvr.CollabVR.run)
-    result = solve(run, world.draw(maze), world.task(maze))
+    result = solve(run, picture, world.task(maze))
     s, cost = world.score(result.video.frames, maze), result.cost
     fine = s.one_circle and not s.left_corridors and not s.jumped
     return {"method": method, "segments": segments, "i": i, "seed": seed, "status": result.status,
@@ -151,7 +206,8 @@ def summaries(rows: list[dict], args) -> list[dict]:
 
 def table1(table: list[dict], args) -> str:
     """Cost and solved share by number of segments, as the paper's Tables 1 and 3."""
-    heads = [*(f"{k} segment{'s' * (k > 1)}" for k in args.segments), "all"]
+    heads = [*("foreign" if k == "foreign" else f"{k} segment{'s' * (k > 1)}"
+               for k in args.segments), "all"]
     lines = [f"| method | VGM s | {' | '.join(f'solved, {h}' for h in heads)} | score |",
              "|---|---|" + "---|" * len(heads) + "---|"]
     for method in args.methods:
@@ -226,8 +282,9 @@ def main(argv=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=HEADLINE, type=lambda s: s.split(","),
                         help=f"some of {', '.join(METHODS)}")
-    parser.add_argument("--segments", default="1,2,3", help="straight pieces of the shortest path",
-                        type=lambda s: [int(k) for k in s.split(",")])
+    parser.add_argument("--segments", default="1,2,3",
+                        help="straight pieces of the shortest path, or foreign",
+                        type=lambda s: [int(k) if k.isdigit() else k for k in s.split(",")])
     parser.add_argument("--mazes", type=int, default=35, help="for each number of segments (35)")
     parser.add_argument("--seed", type=int, default=0, help="of the mazes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
@@ -236,6 +293,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; --help lists them")
+    if wrong := {k for k in args.segments if k != "foreign" and not (isinstance(k, int) and k > 0)}:
+        parser.error(f"--segments takes whole numbers from 1 and foreign, not {wrong.pop()!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = collect(args)
     table = summaries(rows, args)

@@ -50,9 +50,8 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2):
     moves, half of these with a correction after them, as `evolve` makes them; the rest are whole
     tasks of at most `horizon` straight segments.
     """
-    look = world.make_look(rng, free=0.05)
-    colour, goal = (min(table, key=lambda name: world.contrast(table[name], rgb))
-                    for table, rgb in ((world.CIRCLES, look.circle), (world.GOALS, look.goal)))
+    look = training_look(rng)
+    colour, goal = world.colour_word(look.circle), world.colour_word(look.goal)
     thing = f"the {colour} {rng.choice(['circle', 'circle', 'circle', 'ball', 'dot'])}"
     if rng.random() < 1 / 3:
         while True:
@@ -77,10 +76,21 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2):
         asked = min(k + int(rng.integers(0, 3)), 7)
     beside = start + move * int(np.sign(back))
     begin = tuple(np.add(start, back * move)) if world.is_open(maze.open, beside) else start
-    maze = world.Maze(maze.open, start, maze.goal, look)
+    stands = rng.random() < 0.3 or maze.goal == start  # arriving on the goal is the hardest move
+    maze = world.Maze(maze.open, start, end if stands else maze.goal, look)
     stop_at = goal if end == maze.goal else None
     prompt = move_prompt(thing, direction, k, asked, k == run, stop_at, rng)
     return maze, [begin, end], prompt
+
+
+def training_look(rng: np.random.Generator) -> world.Look:
+    """A random look, one in seven in colours that no list has; dark floors twice as often as the
+    list has them, because a circle on them is the hardest to learn."""
+    look = world.make_look(rng, free=1 / 7)
+    dark = rng.random() < 0.3
+    while dark and sum(look.floor) > 300:
+        look = world.make_look(rng, free=1 / 7)
+    return look
 
 
 def free_run(open, cell, direction) -> int:

@@ -72,7 +72,7 @@ def make_look(rng: np.random.Generator, free: float = 0.0) -> Look:
         circle = CIRCLES[rng.choice(list(CIRCLES))]
         goal = GOALS[rng.choice(list(GOALS))]
         if rng.random() < free:
-            wall, floor = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
+            wall, floor, circle, goal = rng.integers(0, 256, (4, 3))
         colours = [tuple(int(x) for x in np.clip(np.add(c, rng.integers(-12, 13, 3)), 0, 255))
                    for c in (wall, floor, circle, goal)]
         pairs = [contrast(colours[i], colours[j]) for i in range(4) for j in range(i)]

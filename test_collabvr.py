@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -1261,6 +1262,34 @@ def test_frames_that_are_not_finite_and_too_little_memory_are_failed_generations
     monkeypatch.setattr(wan.pipe.vae, "decode", full)
     with pytest.raises(c.Problem, match="failed twice in a row .*out of memory"):
         go(plan(), vgm=wan)
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_come_from_safetensors_only_and_code_in_a_checkpoint_is_not_run(tmp_path):
+    folder, trap = shutil.copytree(TINY_WAN, tmp_path / "wan"), tmp_path / "executed"
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(trap)))
+    with pytest.raises(c.Problem, match="cannot be loaded"):
+        _ = c.Wan(vgm=str(folder)).pipe
+    shutil.copy(TINY_WAN / "text_encoder" / "model.safetensors", folder / "text_encoder")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": ["pipeline", "Own"], "scheduler": ["own_scheduler", "Own"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    code = f"from pathlib import Path; Path({str(trap)!r}).touch()\nclass Own: pass\n"
+    for path in ("pipeline.py", "scheduler/own_scheduler.py"):
+        (folder / path).write_text(code)
+    with pytest.raises(c.Problem, match="cannot be loaded"):
+        _ = c.Wan(vgm=str(folder)).pipe
+    assert not trap.exists()
 
 
 def test_without_a_gpu_the_big_checkpoint_is_refused_with_the_offline_command(monkeypatch):

@@ -84,12 +84,12 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2):
 
 
 def training_look(rng: np.random.Generator) -> world.Look:
-    """A random look, one in seven in colours that no list has; dark floors twice as often as the
-    list has them, because a circle on them is the hardest to learn."""
-    look = world.make_look(rng, free=1 / 7)
+    """A random look, three in ten in colours of no list; dark floors more often than the palettes
+    have them, because a circle on them is the hardest to learn."""
+    look = world.make_look(rng, free=0.3)
     dark = rng.random() < 0.3
     while dark and sum(look.floor) > 300:
-        look = world.make_look(rng, free=1 / 7)
+        look = world.make_look(rng, free=0.3)
     return look
 
 

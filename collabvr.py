@@ -62,7 +62,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -99,17 +99,22 @@ class BudgetSpent(Problem):
 class Config:
     """Settings of the method, with the paper's values. Seconds are seconds of video."""
 
-    N_max: int = Field(3, ge=1, le=1000, description="planning steps at most (App. A.1)")
-    M: int = Field(3, ge=1, le=1000, description="attempts per step (App. A.1)")
-    modules: Literal["m1", "m2", "m1+m2"] = Field("m1+m2", description="what is used (Table 3)")
+    N_max: int = Field(default=3, ge=1, le=1000, description="planning steps at most (App. A.1)")
+    M: int = Field(default=3, ge=1, le=1000, description="attempts per step (App. A.1)")
+    modules: Literal["m1", "m2", "m1+m2"] = Field(
+        default="m1+m2", description="what is used (Table 3)")
     on_exhausted: Literal["route", "replan", "best"] = Field(
-        "route", description="after M rejections: App. A.5, Alg. 1 to the letter, or C.2")
+        default="route", description="after M rejections: App. A.5, Alg. 1 to the letter, or C.2")
     partial: float | None = Field(
-        None, gt=0, le=1, description="good fraction from which a retry keeps the good part (D.5)")
-    seconds_first: float = Field(6.0, gt=0, le=600, description="clip length in step 1, s (A.1)")
-    seconds_next: float = Field(3.0, gt=0, le=600, description="clip length afterwards, s (A.1)")
-    max_vgm_seconds: float | None = Field(None, gt=0, description="cap on generated video, s")
-    seed: int = Field(0, ge=0, lt=2**62, description="seed of the first clip")
+        default=None, gt=0, le=1,
+        description="good fraction from which a retry keeps the good part (D.5)")
+    seconds_first: float = Field(
+        default=6.0, gt=0, le=600, description="clip length in step 1, s (A.1)")
+    seconds_next: float = Field(
+        default=3.0, gt=0, le=600, description="clip length afterwards, s (A.1)")
+    max_vgm_seconds: float | None = Field(
+        default=None, gt=0, description="cap on generated video, s")
+    seed: int = Field(default=0, ge=0, lt=2**62, description="seed of the first clip")
 
     def __post_init__(self):
         if (self.max_vgm_seconds or math.inf) < self.seconds_first:
@@ -237,7 +242,7 @@ class CollabVR:
     def __init__(self, vgm, vlm, config: Config | None = None, journal: Journal | None = None):
         self.vgm, self.vlm = vgm, vlm
         self.config, self.journal = config or Config(), journal or Journal()
-        self.H: list[Clip] = []
+        self.begin()
 
     @within_budget
     def run(self, I0, q: str) -> Result:
@@ -267,11 +272,14 @@ class CollabVR:
     def begin(self) -> tuple[int, int]:
         """A fresh state; (N_max, M)."""
         self.journal.seen.clear()
-        self.H, self.steps, self.models, self.unverified = [], [], [], []
+        self.H: list[Clip] = []
+        self.steps: list[dict] = []
+        self.models: list[str] = []
+        self.unverified: list[int] = []
         self.cost = Cost()
-        self.tried = []  # the step's rejected attempts, as (clip, d)
-        self.best = []  # of all the run's rejected attempts the best one, if any
-        self.first_clip = None  # whose size and fps the others must have
+        self.tried: list[tuple[Clip, Verification]] = []  # the step's rejected attempts
+        self.best: list[tuple[Clip, Verification]] = []  # of all the run's the best one, if any
+        self.first_clip: Clip | None = None  # whose size and fps the others must have
         return self.config.caps()
 
     def is_complete(self, a_t: Action, d: Verification | None) -> bool:
@@ -281,7 +289,7 @@ class CollabVR:
         the verifier calls its progress complete. Because: the paper counts no call that asks."""
         if self.config.modules != "m1+m2":
             return self.config.modules == "m2"
-        return a_t.is_last and d.progress == "complete"
+        return a_t.is_last and d is not None and d.progress == "complete"
 
     def result(self, H: list[Clip], status: str) -> Result:
         """What the run returns.
@@ -579,7 +587,7 @@ class Plan(Reply):
     estimated_steps_remaining: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _has_an_action(self, info: ValidationInfo):
+    def _has_an_action(self, info: ValidationInfo[dict]):
         if not self.instruction.strip() and not (self.task_complete and info.context["may_end"]):
             raise ValueError("instruction must not be empty: an action is needed now")
         return self
@@ -606,7 +614,7 @@ class Routing(Reply):
     estimated_steps: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _is_allowed(self, info: ValidationInfo):
+    def _is_allowed(self, info: ValidationInfo[dict]):
         if self.action not in info.context["allowed"]:
             raise ValueError(f"action must be one of {', '.join(info.context['allowed'])}")
         return self
@@ -703,17 +711,20 @@ class OpenAIVLM:
     """Any OpenAI-compatible endpoint as `vlm`. Keys come from the environment when needed:
     GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
 
-    vlm: str = Field("gemini-2.5-pro", description="the VLM's model name (App. A.1)")
+    vlm: str = Field(default="gemini-2.5-pro", description="the VLM's model name (App. A.1)")
     vlm_url: Annotated[str, AfterValidator(lambda url: web_address(url))] = Field(
-        "https://generativelanguage.googleapis.com/v1beta/openai/",
+        default="https://generativelanguage.googleapis.com/v1beta/openai/",
         description="base URL of an OpenAI-compatible endpoint")
-    temperature: float | None = Field(0.2, ge=0, description="or none: not sent (App. A.1)")
-    video_input: Literal["frames", "video"] = Field("frames", description="how clips are sent")
-    verify_fps: float = Field(1.0, gt=0, description="frames per second that it sees (App. A.1)")
+    temperature: float | None = Field(
+        default=0.2, ge=0, description="or none: not sent (App. A.1)")
+    video_input: Literal["frames", "video"] = Field(
+        default="frames", description="how clips are sent")
+    verify_fps: float = Field(
+        default=1.0, gt=0, description="frames per second that it sees (App. A.1)")
     request_extra: Annotated[dict, BeforeValidator(
         lambda x: json.loads(x) if isinstance(x, str) else x)] = Field(
         default_factory=dict, description="more fields for the request, as JSON")
-    timeout: float = Field(600.0, gt=0, description="longest wait for one answer, s")
+    timeout: float = Field(default=600.0, gt=0, description="longest wait for one answer, s")
 
     @property
     def identity(self) -> dict:
@@ -722,7 +733,7 @@ class OpenAIVLM:
 
     @property
     def host(self) -> str:
-        return urlsplit(self.vlm_url).hostname
+        return urlsplit(self.vlm_url).hostname or ""
 
     @property
     def key(self) -> str | None:
@@ -756,7 +767,7 @@ class OpenAIVLM:
     def __call__(self, instructions: str, parts: list, schema: type[BaseModel]):
         """(text, usage), see "The two callables". Raises Problem when the endpoint gives up."""
         content = [piece for part in parts for piece in self.encode(part)]
-        body = {
+        body: dict = {
             "model": self.vlm, "extra_body": self.request_extra,
             "messages": [{"role": "system", "content": instructions},
                          {"role": "user", "content": content}],
@@ -842,13 +853,14 @@ class Wan:
     """Any Wan image-to-video checkpoint of diffusers as `vgm`, two experts or one. At most 832x480
     pixels of area, aspect ratio kept, never upscaled (App. A.1)."""
 
-    vgm: str = Field("Video-Reason/VBVR-Wan2.2", description="hub id, diffusers folder or "
-                     "FILE.py:NAME for a callable of your own (App. A.1)")
-    offload: Literal["auto", "none", "model", "group"] = Field("auto", description="weights that "
-                                                               "wait in main memory")
-    fps: int = Field(16, ge=1, le=240, description="frames per second (App. A.1)")
-    sampling_steps: int = Field(20, ge=1, description="denoising steps (App. A.1)")
-    guidance_scale: float = Field(5.0, ge=0, description="CFG, of both experts (App. A.1)")
+    vgm: str = Field(
+        default="Video-Reason/VBVR-Wan2.2",
+        description="hub id, diffusers folder or FILE.py:NAME for a callable of your own (A.1)")
+    offload: Literal["auto", "none", "model", "group"] = Field(
+        default="auto", description="weights that wait in main memory")
+    fps: int = Field(default=16, ge=1, le=240, description="frames per second (App. A.1)")
+    sampling_steps: int = Field(default=20, ge=1, description="denoising steps (App. A.1)")
+    guidance_scale: float = Field(default=5.0, ge=0, description="CFG, of both experts (App. A.1)")
 
     @property
     def identity(self) -> dict:
@@ -964,7 +976,8 @@ class Wan:
 def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
     """The largest size of about this shape in 832x480 pixels of area, never larger than given."""
     scale = min(1.0, math.sqrt(832 * 480 / (width * height)))
-    return tuple(max(1, int(x * scale / multiple + 1e-6)) * multiple for x in (width, height))
+    w, h = (max(1, int(x * scale / multiple + 1e-6)) * multiple for x in (width, height))
+    return w, h
 
 
 # ================================================================================= Journal
@@ -976,7 +989,8 @@ class Journal:
     Without a folder it keeps nothing. `prepare` is called before a call that it cannot answer."""
 
     def __init__(self, folder: Path | None = None, prepare=lambda: None):
-        self.folder, self.prepare, self.seen = folder, prepare, Counter()
+        self.folder, self.prepare = folder, prepare
+        self.seen: Counter[tuple[str, str]] = Counter()
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -1001,7 +1015,7 @@ class Journal:
         return f"{role}-{sha.hexdigest()[:20]}"
 
     def clip_name(self, key: str) -> str | None:
-        return self.folder and f"{self.folder.name}/{key}.mkv"
+        return f"{self.folder.name}/{key}.mkv" if self.folder else None
 
     def write(self, key: str, entry: dict, clip: Clip | None = None) -> None:
         """The clip first, then the entry that vouches for it. Raises OSError."""
@@ -1156,11 +1170,16 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check everything, generate nothing")
     parser.add_argument("--vgm-arg", action="append", default=[], metavar="NAME=VALUE",
                         help="what the class in --vgm FILE.py:NAME is built with")
-    for name, f in (item for part in PARTS for item in part.__pydantic_fields__.items()):
+    for name, f in (item for part in PARTS for item in options(part).items()):
         values = "|".join(get_args(f.annotation)) if get_origin(f.annotation) is Literal else "X"
         default = "" if f.default_factory else f" [{'none' if f.default is None else f.default}]"
         parser.add_argument(flag(name), dest=name, metavar=values, help=f.description + default)
     return parser.parse_args(argv)
+
+
+def options(part: Any) -> dict:
+    """The fields of Config, OpenAIVLM or Wan by name."""
+    return part.__pydantic_fields__
 
 
 def flag(name: str) -> str:
@@ -1170,7 +1189,7 @@ def flag(name: str) -> str:
 def build(part, typed: dict):
     """Config, OpenAIVLM or Wan from what was typed or came with the checkpoint. Raises Problem."""
     mine = {k: None if v == "none" and k != "offload" else v for k, v in typed.items()
-            if k in part.__pydantic_fields__}
+            if k in options(part)}
     try:
         return part(**mine)
     except ValidationError as error:
@@ -1184,11 +1203,10 @@ def carried(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        options = json.loads(path.read_text())
-        known = {name for part in PARTS for name in part.__pydantic_fields__}
-        if unknown := set(options) - known:
+        brought = json.loads(path.read_text())
+        if unknown := set(brought) - {name for part in PARTS for name in options(part)}:
             raise ValueError(f"no such option: {', '.join(map(str, unknown))}")
-        return dict(options)
+        return dict(brought)
     except (ValueError, TypeError) as error:
         raise Problem(f"{path} holds no options ({first_line(error)}).") from None
 
@@ -1199,6 +1217,7 @@ def load_callable(name: str, arguments: list[str]):
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
     try:
         spec = importlib.util.spec_from_file_location(f"vgm_{Path(file).stem}", file)
+        assert spec and spec.loader  # as for any .py
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         made = getattr(module, attribute)
@@ -1246,16 +1265,17 @@ def main(argv=None) -> int:
     logging.basicConfig(handlers=[screen])
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    run = lock = out = None
-    called = []
+    run = lock = None
+    out: Path | None = None
+    called: list[bool] = []
     try:
         args = parse(argv)
-        typed = {k: v for part in PARTS for k in part.__pydantic_fields__
+        typed = {k: v for part in PARTS for k in options(part)
                  if (v := getattr(args, k)) is not None}
         I0, q = load_image(args.image), args.task.strip()
         if not q.encode(errors="ignore").strip() or q != q.encode(errors="replace").decode():
             raise Problem("The task is empty or no text: say what the video should show.")
-        name = typed.get("vgm", Wan.__pydantic_fields__["vgm"].default)
+        name = typed.get("vgm", options(Wan)["vgm"].default)
         typed = carried(Path(name, "collabvr.json")) | typed
         config, vlm = build(Config, typed), build(OpenAIVLM, typed)
         vgm = load_callable(name, args.vgm_arg) if ".py:" in name else build(Wan, typed)
@@ -1312,7 +1332,7 @@ def main(argv=None) -> int:
         if lock:
             lock.release()
     print(f"collabvr: {printable(' '.join(said.split()))}", file=sys.stderr)
-    if run and status != 2:
+    if run and out and status != 2:
         if run.H:
             with contextlib.suppress(OSError):  # a full disk may be what ended the run
                 write_file(out / "partial.mp4", encode_video(concat(run.H)))

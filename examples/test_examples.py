@@ -346,6 +346,15 @@ def test_foreign_mazes_can_be_read_and_solved_though_this_project_did_not_draw_t
         assert world.shortest_path(maze.open, maze.start, maze.goal)
 
 
+@pytest.mark.parametrize("argv", [
+    "--segments 0", "--segments x", "--methods no", "--mazes 0", "--workers 0", "--seed -1",
+    "--vgm nowhere"])
+def test_a_comparison_that_cannot_be_made_is_refused_before_it_starts(argv, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([*argv.split(), "--out", str(tmp_path / "out")])
+    assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_intervals_hold_the_mean_and_shrink_with_the_sample():
     rng = np.random.default_rng(0)
     few, many = (rng.random(n) < 0.7 for n in (20, 2000))

@@ -261,17 +261,20 @@ def figures(table: list[dict], args) -> None:
                           xerr=[[abs(x[i] - r["vgm_seconds_ci"][0])],
                                 [abs(r["vgm_seconds_ci"][1] - x[i])]],
                           yerr=[[abs(y[i] - r["score_ci"][0])], [abs(r["score_ci"][1] - y[i])]])
-            axes.annotate(name, (x[i], y[i]), xytext=(5, 5), textcoords="offset points")
+            low = any(0 < other - y[i] < 0.06 and abs(x[k] - x[i]) < 1 for k, other in enumerate(y))
+            left = name in ("m1", "m2")
+            axes.annotate(name, (x[i], y[i]), xytext=(-6 if left else 6, -13 if low else 6),
+                          textcoords="offset points", ha="right" if left else "left")
         if line:
             axes.plot(x, y, color="grey", linewidth=0.8, zorder=0)
         n = rows[names[0]]["n"]
-        axes.set(title=f"{title} ({n} mazes each, 95 % intervals)", ylim=(0, 1.05),
-                 xlabel="VGM seconds a maze", ylabel="score by rule", xlim=(0, None))
+        axes.set(title=f"{title} ({n} mazes each, 95 % intervals)", ylim=(0, 1.1),
+                 xlabel="VGM seconds a maze", ylabel="score by rule", xlim=(0, 1.2 * max(x)))
         axes.grid(alpha=0.3)
         figure.savefig(args.out / file, dpi=120)
         plt.close(figure)
 
-    points(HEADLINE.split(","), "Score and cost", "score-cost.png")
+    points([*baselines.METHODS, "m1", "m2", "collabvr"], "Score and cost", "score-cost.png")
     points([f"attempts{k}" for k in range(1, 6)], "Attempts M, M2 alone", "attempts.png", True)
     points([f"steps{k}" for k in range(1, 6)], "Planning steps N_max", "steps.png", True)
     points(["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors", "supervisors.png")
@@ -293,8 +296,13 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; --help lists them")
-    if wrong := {k for k in args.segments if k != "foreign" and not (isinstance(k, int) and k > 0)}:
-        parser.error(f"--segments takes whole numbers from 1 and foreign, not {wrong.pop()!r}")
+    if wrong := [k for k in args.segments if k not in (1, 2, 3, 4, "foreign")]:
+        parser.error(f"--segments takes 1, 2, 3, 4 and foreign, not {wrong[0]}")
+    for name, least in ("mazes", 1), ("workers", 1), ("seed", 0):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    if not (args.vgm / "collabvr.json").is_file():
+        parser.error(f"{args.vgm} is no checkpoint with a collabvr.json")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = collect(args)
     table = summaries(rows, args)

@@ -41,9 +41,9 @@ LOOPS = {  # what differs from the defaults of collabvr.Config
     **{f"steps{k}": {"N_max": k} for k in range(1, 6)},
     **{f"attempts{k}": {"M": k, "modules": "m2"} for k in range(1, 6)},  # as in Fig. 13
 }
-SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth
-    "gemini": vlm.Errors(0.848, 0.656, 0.680), "qwen27b": vlm.Errors(0.824, 0.448, 0.587),
-    "qwen9b": vlm.Errors(0.776, 0.408, 0.564)}
+SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
+    "gemini": vlm.Errors(0.848, 0.656, 0.680, 1), "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
+    "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3)}
 METHODS = [*baselines.METHODS, *LOOPS, *SUPERVISORS]
 HEADLINE = "single,pass2,pass4,videotpo,preplan,m1,m2,collabvr,best,replan"
 NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
@@ -238,7 +238,7 @@ def table10(rows: list[dict], args) -> str:
 
 
 def figures(table: list[dict], args) -> None:
-    """Fig. 2 (score against VGM seconds), and the sweeps and supervisors if they were run."""
+    """Fig. 2 (score against VGM seconds), and Fig. 13 and the supervisors if they were run."""
     try:
         import matplotlib
 
@@ -249,7 +249,7 @@ def figures(table: list[dict], args) -> None:
         return
     rows = {r["method"]: r for r in table if r["segments"] == "all"}
 
-    def points(names, title, file, line=False):
+    def points(names, title, file):
         names = [name for name in names if name in rows]
         if len(names) < 2:
             return
@@ -265,8 +265,6 @@ def figures(table: list[dict], args) -> None:
             left = name in ("m1", "m2")
             axes.annotate(name, (x[i], y[i]), xytext=(-6 if left else 6, -13 if low else 6),
                           textcoords="offset points", ha="right" if left else "left")
-        if line:
-            axes.plot(x, y, color="grey", linewidth=0.8, zorder=0)
         n = rows[names[0]]["n"]
         axes.set(title=f"{title} ({n} mazes each, 95 % intervals)", ylim=(0, 1.1),
                  xlabel="VGM seconds a maze", ylabel="score by rule", xlim=(0, 1.2 * max(x)))
@@ -274,9 +272,24 @@ def figures(table: list[dict], args) -> None:
         figure.savefig(args.out / file, dpi=120)
         plt.close(figure)
 
+    def sweep(stem, title):
+        ks = [k for k in range(1, 6) if f"{stem}{k}" in rows]
+        if len(ks) < 2:
+            return
+        figure, both = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
+        for axes, key in zip(both, ("score", "vgm_seconds"), strict=True):
+            y, ends = (np.array([rows[f"{stem}{k}"][key + ci] for k in ks]) for ci in ("", "_ci"))
+            axes.errorbar(ks, y, abs(ends.T - y), fmt="o-", capsize=2)
+            axes.set(xlabel=title, xticks=ks, ylim=(0, None),
+                     ylabel="score by rule" if key == "score" else "VGM seconds a maze")
+            axes.grid(alpha=0.3)
+        figure.suptitle(f"{rows[f'{stem}{ks[0]}']['n']} mazes each, 95 % intervals")
+        figure.savefig(args.out / f"{stem}.png", dpi=120)
+        plt.close(figure)
+
     points([*baselines.METHODS, "m1", "m2", "collabvr"], "Score and cost", "score-cost.png")
-    points([f"attempts{k}" for k in range(1, 6)], "Attempts M, M2 alone", "attempts.png", True)
-    points([f"steps{k}" for k in range(1, 6)], "Planning steps N_max", "steps.png", True)
+    sweep("attempts", "attempts M, M2 alone")
+    sweep("steps", "planning steps N_max")
     points(["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors", "supervisors.png")
 
 

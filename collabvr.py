@@ -528,7 +528,7 @@ split).
 
         [D11] Paper: silent. Here: what does not fit is asked for again with the error, twice at
         most; then Problem. Because: an accept that was not said is worse than no answer."""
-        key = self.journal.key(role, instructions, parts, schema.model_json_schema(),
+        key = self.journal.key(role, instructions, parts, json_schema(schema),
                                getattr(self.vlm, "identity", {}))
         entry, _ = self.journal.read(key) or ({"replies": []}, None)
         value = fault = None
@@ -620,6 +620,12 @@ class Routing(Reply):
         return self
 
 
+@functools.cache
+def json_schema(schema: type[BaseModel]) -> dict:
+    """What a reply has to look like, worked out once."""
+    return schema.model_json_schema()
+
+
 def parse_object(text: str | None) -> dict:
     """A reply's JSON object, fences stripped. Raises ValueError for anything else."""
 
@@ -690,6 +696,8 @@ def good_part(clip: Clip, d: Verification) -> Clip:
 def checked(clip: Clip, frame, like: Clip | None) -> Clip:
     """The clip, if it keeps the contract and can be joined to one like it; else ValueError. Warns
     if frame 0 does not depict the conditioning frame (A.4: SSIM 0.97 for Wan, 0.82 for Sora 2)."""
+    import numpy as np
+
     shape, dtype = clip.frames.shape, clip.frames.dtype
     if len(shape) != 4 or shape[3] != 3 or str(dtype) != "uint8":
         raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
@@ -700,7 +708,8 @@ def checked(clip: Clip, frame, like: Clip | None) -> Clip:
                          f"of {like.frames.shape[2]}x{like.frames.shape[1]} at {like.fps} fps")
     if (same := ssim(frame, clip.frames[0])) < 0.85:
         log.warning("    frame 0 is not the conditioning frame (SSIM %.2f): is it lost?", same)
-    return Clip(clip.frames, float(clip.fps))  # it may be one of numpy's numbers
+    # in a row, because it will be hashed often; a plain number, because fps may be one of numpy's
+    return Clip(np.ascontiguousarray(clip.frames), float(clip.fps))
 
 
 # ===================================================================================== VLM
@@ -772,7 +781,7 @@ class OpenAIVLM:
             "messages": [{"role": "system", "content": instructions},
                          {"role": "user", "content": content}],
             "response_format": {"type": "json_schema", "json_schema": {
-                "name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}}}
+                "name": schema.__name__, "schema": json_schema(schema), "strict": True}}}
         if self.temperature is not None:
             body["temperature"] = self.temperature
 
@@ -1006,8 +1015,9 @@ class Journal:
                 for y in x:
                     feed(y)
                 return
-            data = x.tobytes() if hasattr(x, "tobytes") else json.dumps(x, sort_keys=True).encode()
-            sha.update(f"{getattr(x, 'shape', type(x))} {len(data)} ".encode() + data)
+            data = x if hasattr(x, "shape") else json.dumps(x, sort_keys=True).encode()
+            sha.update(f"{getattr(x, 'shape', type(x))} {len(data)} ".encode())
+            sha.update(in_a_row(data))
 
         feed(request)
         self.seen[role, sha.hexdigest()] += 1
@@ -1015,15 +1025,16 @@ class Journal:
         return f"{role}-{sha.hexdigest()[:20]}"
 
     def clip_name(self, key: str) -> str | None:
-        return f"{self.folder.name}/{key}.mkv" if self.folder else None
+        return f"{self.folder.name}/{key}.avi" if self.folder else None
 
     def write(self, key: str, entry: dict, clip: Clip | None = None) -> None:
-        """The clip first, then the entry that vouches for it. Raises OSError."""
+        """The clip first, then the entry that vouches for it: alone it counts as missing. Raises
+        OSError."""
         if not self.folder:
             return
         if clip:
-            write_file(self.folder / f"{key}.mkv", encode_video(clip, lossless=True))
-            entry |= {"fps": clip.fps, "sha256": sha256(clip.frames.tobytes())}
+            put(self.folder / f"{key}.avi", encode_video(clip, lossless=True))
+            entry |= {"fps": clip.fps, "sha256": sha256(clip.frames)}
         body = json.dumps(entry).encode()
         write_file(self.folder / f"{key}.json", f"{sha256(body)}\n".encode() + body)
 
@@ -1043,17 +1054,23 @@ class Journal:
         import imageio.v3 as iio
 
         try:
-            frames = iio.imread(path.with_suffix(".mkv"), plugin="pyav")
+            frames = iio.imread(path.with_suffix(".avi"), plugin="pyav")
         except (OSError, av.FFmpegError):
             frames = b""
         if sha256(frames) == entry.pop("sha256"):
             return entry, Clip(frames, entry["fps"])
-        log.warning("    %s.mkv is damaged: it will be generated again", key)
+        log.warning("    %s.avi is damaged: it will be generated again", key)
         return entry, None
 
 
 def sha256(data) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(in_a_row(data)).hexdigest()
+
+
+def in_a_row(data) -> memoryview | bytes:
+    """The bytes of a buffer, copied only if they have gaps."""
+    view = memoryview(data)
+    return view if view.c_contiguous else view.tobytes()
 
 
 # ======================================================================== Pictures and video
@@ -1114,7 +1131,7 @@ def encode_jpeg(frame) -> bytes:
 
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 in MP4 that plays anywhere (sides made even), or FFV1 in Matroska, bit for bit."""
+    """H.264 in MP4 that plays anywhere (sides made even), or HuffYUV in AVI, bit for bit and quick."""
     import av
     import numpy as np
 
@@ -1122,7 +1139,7 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: not the same bits every time
     frames, out = clip.frames, io.BytesIO()
     if lossless:
-        container, codec, pixels, options = "matroska", "ffv1", "bgr0", {}
+        container, codec, pixels, options = "avi", "ffvhuff", "rgb24", {}
     else:
         odd = [(0, n % 2) for n in frames.shape[1:3]]
         frames = np.pad(frames, [(0, 0), *odd, (0, 0)], "edge")
@@ -1139,15 +1156,20 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
 def write_file(path: Path, data: bytes) -> None:
     """All of it or nothing, also if the power goes. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    put(temporary, data)
     temporary.replace(path)
     if os.name == "posix":  # the rename too
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def put(path: Path, data: bytes) -> None:
+    """The data on the disk, not only in its cache. Raises OSError."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ============================================================================ Command line

@@ -393,6 +393,37 @@ def test_the_loop_with_tiny_wan_solves_three_segment_mazes_more_often_than_one_c
     assert loop >= single + 3
 
 
+@pytest.fixture
+def one_core():
+    """Models and loop get one core each, so that how many there are does not matter."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@slow
+@pytest.mark.usefixtures("one_core")
+def test_the_loop_and_its_journal_take_less_than_one_percent_of_the_models_time(url, tmp_path):
+    own = json.loads((HERE / "maze" / "tiny-wan" / "collabvr.json").read_text())
+    vgm = c.build(c.Wan, own | {"vgm": str(HERE / "maze" / "tiny-wan")})
+    model = c.build(c.OpenAIVLM, own | {"vlm": vlm.MODEL, "vlm_url": url})
+    took = []
+    for i in range(6):
+        maze = world.make(6, 3, np.random.default_rng([2026, 2]))
+        run = c.CollabVR(vgm, model, c.build(c.Config, own), c.Journal(tmp_path / str(i)))
+        began = time.perf_counter()
+        cost = run.run(world.draw(maze), world.task(maze)).cost
+        whole = time.perf_counter() - began
+        models = cost.vgm_wall_seconds + sum(cost.vlm_wall_seconds.values())
+        took.append((whole - models, models))
+    overhead, models = map(min, zip(*took, strict=True))  # what else the machine does only adds
+    print(f"{1000 * overhead:.0f} ms of loop and journal, {models:.2f} s of models")
+    assert overhead < 0.01 * models
+
+
 @slow
 def test_kill_9_at_thirty_random_moments_changes_nothing_and_pays_for_nothing_twice(
         url, tmp_path, monkeypatch):

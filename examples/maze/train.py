@@ -84,13 +84,14 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2):
 
 
 def training_look(rng: np.random.Generator) -> world.Look:
-    """A random look, three in ten in colours of no list; dark floors more often than the palettes
-    have them, because a circle on them is the hardest to learn."""
-    look = world.make_look(rng, free=0.3)
+    """A random look, most in colours of no list, so that shapes and not colours say what is what;
+    dark floors more often than the palettes have them, because a circle on them is the hardest to
+    learn."""
     dark = rng.random() < 0.3
-    while dark and sum(look.floor) > 300:
-        look = world.make_look(rng, free=0.3)
-    return look
+    while True:
+        look = world.make_look(rng, free=0.6)
+        if not dark or sum(look.floor) <= 300:
+            return look
 
 
 def free_run(open, cell, direction) -> int:

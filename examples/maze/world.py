@@ -65,14 +65,16 @@ def contrast(a, b) -> float:
 
 
 def make_look(rng: np.random.Generator, free: float = 0.0) -> Look:
-    """A random look: a listed palette, slightly jittered; with probability `free` any colours that
-    can be told apart."""
+    """A random look: a listed palette, slightly jittered; with probability `free` a circle and a
+    goal of any colour, half of them between a wall and a floor of any colour."""
     while True:
         wall, floor = THEMES[rng.integers(len(THEMES))]
         circle = CIRCLES[rng.choice(list(CIRCLES))]
         goal = GOALS[rng.choice(list(GOALS))]
         if rng.random() < free:
-            wall, floor, circle, goal = rng.integers(0, 256, (4, 3))
+            circle, goal = (255 * np.array(colorsys.hsv_to_rgb(*rng.random(3))) for _ in range(2))
+            if rng.random() < 0.5:
+                wall, floor = rng.integers(0, 256, (2, 3))
         colours = [tuple(int(x) for x in np.clip(np.add(c, rng.integers(-12, 13, 3)), 0, 255))
                    for c in (wall, floor, circle, goal)]
         pairs = [contrast(colours[i], colours[j]) for i in range(4) for j in range(i)]

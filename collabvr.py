@@ -1131,7 +1131,7 @@ def encode_jpeg(frame) -> bytes:
 
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 in MP4 that plays anywhere (sides made even), or HuffYUV in AVI, bit for bit and quick."""
+    """H.264 in MP4 that plays anywhere (sides made even), or lossless HuffYUV in AVI, quick."""
     import av
     import numpy as np
 

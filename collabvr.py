@@ -1131,7 +1131,8 @@ def encode_jpeg(frame) -> bytes:
 
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 in MP4 that plays anywhere (sides made even), or lossless HuffYUV in AVI, quick."""
+    """H.264 in MP4 that plays anywhere (sides made even), or bit for bit in AVI: FFV1, and below
+    8 MB raw, where a codec would take more time than disk."""
     import av
     import numpy as np
 
@@ -1139,7 +1140,9 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: not the same bits every time
     frames, out = clip.frames, io.BytesIO()
     if lossless:
-        container, codec, pixels, options = "avi", "ffvhuff", "rgb24", {}
+        small = frames.nbytes < 2**23
+        container, options = "avi", {}
+        codec, pixels = ("rawvideo", "bgr24") if small else ("ffv1", "bgr0")
     else:
         odd = [(0, n % 2) for n in frames.shape[1:3]]
         frames = np.pad(frames, [(0, 0), *odd, (0, 0)], "edge")

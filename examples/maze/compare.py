@@ -257,14 +257,11 @@ def figures(table: list[dict], args) -> None:
         x, y = ([rows[name][k] for name in names] for k in ("vgm_seconds", "score"))
         for i, name in enumerate(names):
             r = rows[name]
-            axes.errorbar(x[i], y[i], fmt="o", capsize=2, label=name,
+            axes.errorbar(x[i], y[i], fmt="osD^v<>P"[i], capsize=2, label=name,
                           xerr=[[abs(x[i] - r["vgm_seconds_ci"][0])],
                                 [abs(r["vgm_seconds_ci"][1] - x[i])]],
                           yerr=[[abs(y[i] - r["score_ci"][0])], [abs(r["score_ci"][1] - y[i])]])
-            low = any(0 < other - y[i] < 0.06 and abs(x[k] - x[i]) < 1 for k, other in enumerate(y))
-            left = name in ("m1", "m2")
-            axes.annotate(name, (x[i], y[i]), xytext=(-6 if left else 6, -13 if low else 6),
-                          textcoords="offset points", ha="right" if left else "left")
+        axes.legend(loc="lower right", ncols=2)
         n = rows[names[0]]["n"]
         axes.set(title=f"{title} ({n} mazes each, 95 % intervals)", ylim=(0, 1.1),
                  xlabel="VGM seconds a maze", ylabel="score by rule", xlim=(0, 1.2 * max(x)))

@@ -36,7 +36,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="run folder (runs/maze-SEED, or collabvr.py's default)")
-    parser.add_argument("--maze-seed", type=int, default=6, help="which maze (6)")
+    parser.add_argument("--maze-seed", type=int, default=5, help="which maze (5)")
     parser.add_argument("--image", help="a maze picture of your own instead")
     parser.add_argument("--task", help="what is to be done in it")
     parser.add_argument("--strip", help="a PNG to be drawn of the run's attempts")

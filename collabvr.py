@@ -1341,10 +1341,12 @@ def main(argv=None) -> int:
         trace = {"status": result.status, "unverified_steps": result.unverified_steps,
                  "image": args.image, "task": q, "config": chosen, "steps": result.steps,
                  "cost": asdict(result.cost), "models": result.models}
-        write_file(out / "trace.json", json.dumps(trace, indent=2, ensure_ascii=False).encode())
+        text = json.dumps(trace, indent=2, ensure_ascii=False)
+        write_file(out / "trace.json", text.encode(errors="backslashreplace"))  # odd file names
         (out / "partial.mp4").unlink(missing_ok=True)
         doubt = f", not verified: {result.unverified_steps}" * bool(result.unverified_steps)
-        print(f"status     {result.status}{doubt}\n{result.cost}\nvideo      {out / 'video.mp4'}")
+        video = printable(str(out / "video.mp4"))
+        print(f"status     {result.status}{doubt}\n{result.cost}\nvideo      {video}")
         return 0
     except KeyboardInterrupt:
         status, said = 130, "Interrupted."

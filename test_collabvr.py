@@ -1207,8 +1207,14 @@ def test_a_reply_is_a_verdict_only_if_every_field_of_it_is_what_it_should_be(rep
         assert type(reply["action_executed"]) is bool and set(reply) == set(accept())
 
 
+def is_a_name(text):
+    with contextlib.suppress(UnicodeEncodeError):  # half a character, which no file is called
+        return "/" not in text and "\0" not in text and len(os.fsencode(text)) < 100
+
+
 @quick
-@hypothesis.given(stem=words.filter(lambda x: "/" not in x and len(x.encode()) < 100))
+@hypothesis.given(stem=(words | st.binary().map(os.fsdecode)).filter(is_a_name))
+@hypothesis.example(stem="\udcff")  # a byte that is no UTF-8
 def test_no_name_of_a_picture_leads_out_of_the_runs_folder(stem, job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = tmp_path / f"x{stem}.png"
@@ -1224,6 +1230,7 @@ def test_no_name_of_a_picture_leads_out_of_the_runs_folder(stem, job, tmp_path, 
         assert c.main(argv) == 0
         (made,) = (tmp_path / "runs").iterdir()
         assert (made / "video.mp4").exists()
+        assert json.loads((made / "trace.json").read_bytes())["image"] == str(named)
         assert {p.name for p in tmp_path.iterdir()} - before <= {"runs", "count"}
     finally:
         named.unlink()

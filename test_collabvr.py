@@ -1172,6 +1172,7 @@ def test_whatever_is_typed_is_taken_or_refused_in_one_sentence(
 
 @quick
 @hypothesis.given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]))
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_a_damaged_picture_is_read_or_refused(data, kind, tmp_path):
     raw = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)

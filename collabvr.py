@@ -1,144 +1,89 @@
 #!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0",
-#   "accelerate==1.15.0", "ftfy==6.3.1", "openai==3.54.0", "pydantic==2.14.3", "imageio==2.38.0",
-#   "av==18.1.0", "numpy==2.4.6", "pillow==13.0.0", "filelock==4.2.11", "psutil==7.2.2"]
-# ///
 """CollabVR (arXiv 2605.08735v1): a VLM plans, checks and repairs what a video generator shows.
 
-    python collabvr.py --image x.png --task "Move the red circle to the green square."
-        Gemini (key in GEMINI_API_KEY) and VBVR-Wan2.2 on one GPU
-    python collabvr.py .. --vlm-url http://localhost:8000/v1 --vlm Qwen/Qwen3.5-9B
-        a VLM of your own, served by vLLM
-    python examples/maze/run.py
-        no GPU, no key, no network: a maze on a laptop
+    python collabvr.py --image x.png --task "Move the circle to the square."  # Gemini and one GPU
+    python collabvr.py .. --vlm-url http://localhost:8000/v1 --vlm Qwen/Qwen3.5-9B  # a VLM of yours
+    python examples/maze/run.py                              # no GPU, no key, no network: a maze
+    CollabVR(Models(vgm, vlm), Config(N_max=3, M=3)).run(I0, q)       # with any two callables
 
-From Python: `CollabVR(vgm, vlm).run(I0, q)` with any two callables; "The two callables" says which.
-
-Paper                                             here
-Sec. 3.1  problem and symbols                     Config, Clip, Action, Cost, Result
+Paper                                             here, from the top
+Sec. 3.1  problem and symbols                     Config, Clip, concat, History, Result
 Alg. 1    the loop                                CollabVR.run
-Sec. 3.2  M1, progressive planning (A.2)          CollabVR.PLANNER, plan; Plan
-Sec. 3.3  M2, verification and evolution (A.2)    CollabVR.VERIFIER, verify, evolve; Verification
-App. A.5  failure router (D.5: regen)             CollabVR.ROUTER, exhausted; Routing, good_part
+Sec. 3.2  M1, progressive planning (A.2)          CollabVR: PLANNER, Plan, plan
+Sec. 3.3  M2, verification and evolution (A.2)    CollabVR: VERIFIER, Verification, verify, evolve
+App. A.5  failure router (D.5: regen)             CollabVR: ROUTER, Routing, route, exhausted
 App. A.1  settings                                defaults of Config, OpenAIVLM and Wan
-Sec. 4    cost                                    Cost
+Sec. 4    cost                                    Models.cost
 
-Departures. Each is tagged where it happens, with what the paper says, what we do, and why.
-[D1]  The planner's task_complete ends the run with what is in H.
-[D2]  Complete: the plan called the step its last and the verifier calls its progress complete.
-[D3]  What follows M rejected attempts is a setting; `replan` is Algorithm 1 to the letter.
-[D4]  A run that accepted nothing returns its best attempt, marked so.
-[D5]  The verifier judges the plan, which stays fixed while the prompt evolves.
-[D6]  evolve falls back on the reason, and accumulates over the attempts of a step.
-[D7]  Every clip has a seed of its own.
-[D8]  The roles see H as the last frames of its newest eight clips.
-[D9]  A clip of s seconds has 4 floor(s fps / 4) + 1 frames; joining drops the repeated one.
-[D10] Partial re-generation inside a step is an option, off by default.
-[D11] A reply that does not fit is asked for again, twice at most, then the run stops.
-[D12] Gemini gets sampled frames too; raw video is an option.
+[Dn] marks a departure from the paper; the table in README.md says what and why.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
+import runpy
 import signal
 import sys
+import tempfile
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.dataclasses import dataclass as settings  # a dataclass that checks its values
-
-if TYPE_CHECKING:  # imported where they are used: `import collabvr` and --help stay quick
-    import numpy as np
+import av
+import filelock
+import jiter
+import numpy as np
+from PIL import Image, ImageOps
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass as settings
 
 log = logging.getLogger("collabvr")
-finite = ConfigDict(allow_inf_nan=False)
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in the name of a variable
+strict = {"extra": "forbid", "allow_inf_nan": False, "validate_default": True}  # of pydantic
 
 
 class Problem(Exception):
     """One sentence for the user: what is wrong and what to do."""
 
 
-class BudgetSpent(Problem):
-    """The next clip would go over max_vgm_seconds."""
-
-
 # ============================================================== Sec. 3.1 Problem formulation
-
-
-@settings(frozen=True, config=finite)
+@settings(frozen=True, config=strict)
 class Config:
-    """Settings of the method, with the paper's values. Seconds are seconds of video."""
+    """Settings of the method. Seconds are seconds of video."""
+    N_max: Annotated[int, Field(ge=1, le=1000)] = 3  # planning steps at most (App. A.1)
+    M: Annotated[int, Field(ge=1, le=1000)] = 3  # attempts per step (App. A.1)
+    # after M rejections: a router (App. A.5), Algorithm 1 to the letter, or the best attempt (C.2)
+    on_exhausted: Literal["route", "replan", "best"] = "route"
+    seconds_first: Annotated[float, Field(gt=0, le=600)] = 6.0  # clips of step 1, s (A.1, Gen-ViRe)
+    seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps, s (A.1)
 
-    N_max: int = Field(default=3, ge=1, le=1000, description="planning steps at most (App. A.1)")
-    M: int = Field(default=3, ge=1, le=1000, description="attempts per step (App. A.1)")
-    modules: Literal["m1", "m2", "m1+m2"] = Field(
-        default="m1+m2", description="what is used (Table 3)")
-    on_exhausted: Literal["route", "replan", "best"] = Field(
-        default="route", description="after M rejections: App. A.5, Alg. 1 to the letter, or C.2")
-    partial: float | None = Field(
-        default=None, gt=0, le=1,
-        description="good fraction from which a retry keeps the good part (D.5)")
-    seconds_first: float = Field(
-        default=6.0, gt=0, le=600, description="clip length in step 1, s (A.1)")
-    seconds_next: float = Field(
-        default=3.0, gt=0, le=600, description="clip length afterwards, s (A.1)")
-    max_vgm_seconds: float | None = Field(
-        default=None, gt=0, description="cap on generated video, s")
-    seed: int = Field(default=0, ge=0, lt=2**62, description="seed of the first clip")
+    def seconds(self, t: int) -> float:
+        """How long every clip of step t is, re-generations included. [D8]"""
+        return self.seconds_first if t == 1 else self.seconds_next
 
-    def __post_init__(self):
-        if (self.max_vgm_seconds or math.inf) < self.seconds_first:
-            raise Problem("--max-vgm-seconds must allow one clip at least, --seconds-first long.")
-
-    def caps(self) -> tuple[int, int]:
-        """(N_max, M). M2 alone has one step, M1 alone rejects nothing (Table 3)."""
-        return 1 if self.modules == "m2" else self.N_max, 1 if self.modules == "m1" else self.M
-
-    def worst_case(self) -> tuple[int, float]:
-        """(clips, seconds of video) of a run in which every clip is rejected."""
-        N_max, M = self.caps()
-        first, rest = self.seconds_first, self.seconds_next * (N_max - 1)
-        longer = 0.0
-        if self.on_exhausted == "route" and self.modules != "m1":
-            M += 1  # a step may end in a regen, and the last one in a fallback as long as step 1
-            longer = max(first - self.seconds_next, 0.0) if N_max > 1 else 0.0
-        return N_max * M, min((first + rest) * M + longer, self.max_vgm_seconds or math.inf)
+    def worst_case(self) -> tuple[int, float, int]:
+        """(clips, seconds of video, VLM calls) if every clip is rejected and no call fails."""
+        N, routed = self.N_max, self.on_exhausted == "route"  # regens; the last may be a fallback
+        seconds = (self.seconds_first + (N - 1) * self.seconds_next) * (self.M + routed)
+        longer = routed * max(self.seconds_first - self.seconds(N), 0)
+        return N * (self.M + routed), seconds + longer, N * (1 + self.M + 2 * routed)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video. frames: uint8 RGB (T, H, W, 3), frame 0 is the conditioning frame; fps."""
-
+    """A video. frames: uint8 RGB (T, H, W, 3), of which frame 0 is the conditioning frame."""
     frames: np.ndarray
     fps: float
 
@@ -149,834 +94,563 @@ class Clip:
 
 
 def concat(clips: list[Clip]) -> Clip:
-    """c_1 ⊕ .. ⊕ c_t. A later clip's frame 0 repeats the frame before it and is dropped. [D9]"""
-    import numpy as np
-
+    """c_1 ⊕ .. ⊕ c_t. A later clip's frame 0 repeats the frame before it and is dropped. [D8]"""
     return Clip(np.concatenate([clips[0].frames, *(c.frames[1:] for c in clips[1:])]), clips[0].fps)
 
 
 @dataclass(frozen=True)
-class Action:
-    """a_t. `prompt` is what the generator reads, and evolves; the plan stays as it is. [D5]"""
-
+class Attempt:
+    """A clip c_t of step t, its prompt a_t as it stood, and the diagnosis (None: not verified)."""
     t: int
-    prompt: str
-    instruction: str
-    target_state: str = ""
-    is_last: bool = False  # the plan says that this step finishes the task
-    is_done: bool = False  # the plan says that H has finished it already
-
-
-ROLES = ("planner", "verifier", "router")
+    a_t: str
+    c_t: Clip
+    d: CollabVR.Verification | None = None
 
 
 @dataclass
-class Cost:
-    """Counted where a model is called: rejected and dropped clips and unusable replies included."""
+class History:
+    """H: the attempts whose clips joined; the rejected ones; what came of each step, in words."""
+    joined: list[Attempt] = field(default_factory=list)
+    rejected: list[Attempt] = field(default_factory=list)
+    outcomes: list[str] = field(default_factory=list)
 
-    vgm_seconds: float = 0.0  # seconds of generated video: the paper's cost (Sec. 4)
-    clips: int = 0
-    steps: int = 0  # steps with at least one clip
-    regenerations: int = 0  # clips after the first of their step (Table 10)
-    generator_errors: int = 0
-    vgm_wall_seconds: float = 0.0  # seconds of waiting
-    vlm_calls: dict = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
-    tokens_in: dict = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
-    tokens_out: dict = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
-    vlm_wall_seconds: dict = field(default_factory=lambda: dict.fromkeys(ROLES, 0.0))
+    def join(self, x: Attempt) -> None:
+        """Its clip joins; what was not accepted is not called so."""
+        words = ("not verified" if not x.d else f"accepted, progress {x.d.progress}"
+                 if x.d.verdict == "accept" else f"rejected, kept as the best one: {x.d.reason}")
+        self.joined.append(x)
+        self.rejected.clear()
+        self.outcomes.append(f"Step {x.t}: {x.a_t} Outcome: {words}")
 
-    def __str__(self) -> str:
-        calls, waited = sum(self.vlm_calls.values()), sum(self.vlm_wall_seconds.values())
-        share = 100 * self.vgm_wall_seconds / (self.vgm_wall_seconds + waited or 1)
-        return (
-            f"VGM        {self.vgm_seconds:.1f} s of video in {self.clips} clips:"
-            f" {self.steps} steps, {self.regenerations} re-generations,"
-            f" {self.generator_errors} generator errors\n"
-            f"VLM        {calls} calls: {', '.join(f'{k} {n}' for k, n in self.vlm_calls.items())};"
-            f" tokens {sum(self.tokens_in.values()):,} in, {sum(self.tokens_out.values()):,} out\n"
-            f"wall time  VGM {self.vgm_wall_seconds:.1f} s ({share:.1f} %),"
-            f" VLM {waited:.1f} s ({100 - share:.1f} %)")
+    def best(self, t: int | None = None) -> Attempt:
+        """Of all rejected attempts, or step t's, the latest with the most good seconds. [D3]"""
+        return max((x for x in reversed(self.rejected) if t in (x.t, None)),
+                   key=lambda x: x.d.good_fraction * x.c_t.seconds)
+
+    def told(self) -> list:
+        """What the roles get to know of H: every outcome, the newest eight last frames. [D7]"""
+        return ["Steps so far:", *(self.outcomes or ["none"]), *(part for x in self.joined[-8:]
+                for part in (f"Last frame of step {x.t}:", x.c_t.frames[-1]))]
+
+    def result(self, status: str) -> Result:
+        """What a run returns: all of H, or if it is empty the best attempt, marked so. [D4]"""
+        if not self.joined:
+            return History([self.best()]).result("best_attempt")
+        unverified = [x.t for x in self.joined if not x.d or x.d.verdict == "reject"]
+        return Result(concat([x.c_t for x in self.joined]), status, unverified)
 
 
 @dataclass(frozen=True)
 class Result:
-    """V and how it came about. status: complete | step_cap | fallback | best_attempt."""
-
+    """V, and how it came about. status: complete, step_cap, fallback or best_attempt."""
     video: Clip
     status: str
-    unverified_steps: list[int]  # steps whose clip joined H without an accept
-    cost: Cost
-    steps: list[dict]  # per step the plan, the attempts with their verdicts, the route
-    models: list[str]  # what the endpoint says answered
+    unverified_steps: list[int]  # steps whose clip is in the video without an accept
 
 
-# The two callables. Any pair that keeps this contract will do:
-#   vgm(frame, prompt, seconds, seed) -> Clip
-#       frame: uint8 RGB (H, W, 3); the clip's frame 0 depicts it. Raising: a failed generation.
-#   vlm(instructions, parts, schema) -> (text, usage)
-#       parts: strings, uint8 RGB pictures and Clips in reading order. text: JSON that fits the
-#       pydantic model `schema`. usage: a dict; it may hold tokens_in, tokens_out, model, and, of a
-#       reply that was cut off or refused, fault.
-# A backend may have `identity`, a dict of what changes its answers; the journal's keys contain it.
+class Reply(BaseModel):
+    """A role's reply: strict, reasons before verdicts; what is not allowed now is not in it."""
+    model_config = strict | {"strict": True}
 
 
 # =============================================================================== Algorithm 1
-
-
-def within_budget(run):
-    """Ends a run that reaches max_vgm_seconds as the step cap does, with what is in H."""
-
-    @functools.wraps(run)
-    def capped(self, I0, q):
-        try:
-            return run(self, I0, q)
-        except BudgetSpent:
-            return self.result(self.H, "step_cap")
-
-    return capped
-
-
+@dataclass
 class CollabVR:
-    """Two callables, the settings and, where nothing paid for may be lost, a journal."""
+    """Both models, behind one seam, and the settings. What a run knows stands in `run`."""
+    models: Models
+    config: Config = field(default_factory=Config)
 
-    def __init__(self, vgm, vlm, config: Config | None = None, journal: Journal | None = None):
-        self.vgm, self.vlm = vgm, vlm
-        self.config, self.journal = config or Config(), journal or Journal()
-        self.begin()
-
-    @within_budget
     def run(self, I0, q: str) -> Result:
         """"Algorithm 1". I0: uint8 RGB (H, W, 3); q: task prompt. Raises Problem."""
-        N_max, M = self.begin()                                                 # require
-        H, f = self.H, I0                                                       # line 1
+        N_max, M = self.config.N_max, self.config.M                             # require
+        H, f = History(), I0                                                    # line 1
         for t in range(1, N_max + 1):                                           # line 2
-            a_t = self.plan(I0, q, H, t=t)                                      # line 3
-            if a_t.is_done:                                                     # [D1]
-                return self.result(H, "complete")
-            for j in range(1, M + 1):                                           # line 4
-                c_t = self.g(f, a_t)                                            # line 5
-                v, d = self.verify(I0, q, H, c_t, a_t=a_t)                      # line 6
+            a_t, p = self.plan(I0, q, H, t)                                     # line 3
+            if p.task_complete:                                                 # [D1]
+                return H.result("complete")
+            for _ in range(M):                                                  # line 4
+                c_t = self.g(f, a_t, t)                                         # line 5
+                v, d = self.verify(I0, q, H, c_t, a_t, p, t)                    # line 6
                 if v == "accept":                                               # line 7
-                    H.append(c_t)                                               # line 8
+                    H.join(Attempt(t, a_t, c_t, d))                             # line 8
                     f = c_t.frames[-1]                                          # line 9
-                    if self.is_complete(a_t, d):                                # line 10
-                        return self.result(H, "complete")                       # line 11
+                    if self.is_complete(p, d):                                  # line 10
+                        return H.result("complete")                             # line 11
                     break                                                       # line 13
+                H.rejected.append(Attempt(t, a_t, c_t, d))                      # line 14
                 a_t = self.evolve(a_t, d)                                       # line 15
             else:
-                H, f, end = self.exhausted(I0, q, H, f, a_t)                    # [D3]
-                if end:
-                    return self.result(H, end)
-        return self.result(H, "step_cap")                                       # line 19
+                H, f, status = self.exhausted(I0, q, H, f, p, t)                # [D3]
+                if status:
+                    return H.result(status)
+        return H.result("step_cap")                                             # line 19
 
-    def begin(self) -> tuple[int, int]:
-        """A fresh state; (N_max, M)."""
-        self.journal.seen.clear()
-        self.H: list[Clip] = []
-        self.steps: list[dict] = []
-        self.models: list[str] = []
-        self.unverified: list[int] = []
-        self.cost = Cost()
-        self.tried: list[tuple[Clip, Verification]] = []  # the step's rejected attempts
-        self.best: list[tuple[Clip, Verification]] = []  # of all the run's the best one, if any
-        self.first_clip: Clip | None = None  # whose size and fps the others must have
-        return self.config.caps()
+    def g(self, f, a_t: str, t: int) -> Clip:
+        """Line 5: c_t = g(f, a_t)."""
+        return self.models.generate(f, a_t, self.config.seconds(t), t)
 
-    def is_complete(self, a_t: Action, d: Verification | None) -> bool:
-        """Line 10. M2 alone: what is accepted is the task. M1 alone: the next plan will say.
+    def is_complete(self, p: Plan, d: Verification) -> bool:
+        """Line 10: the plan called step t its last one, and the clip shows it done. [D2]"""
+        return p.estimated_steps_remaining <= 1 and d.progress == "complete"
 
-        [D2] Paper: a condition that no call answers. Here: the plan called this step the last, and
-        the verifier calls its progress complete. Because: the paper counts no call that asks."""
-        if self.config.modules != "m1+m2":
-            return self.config.modules == "m2"
-        return a_t.is_last and d is not None and d.progress == "complete"
-
-    def result(self, H: list[Clip], status: str) -> Result:
-        """What the run returns.
-
-        [D4] Paper: silent on an empty H. Here: the best attempt. Because: it was paid for."""
-        video, status = (concat(H), status) if H else (self.best[0][0], "best_attempt")
-        return Result(video, status, self.unverified, self.cost, self.steps, self.models)
-
-    def g(self, f, a_t: Action, prefix: Clip | None = None) -> Clip:
-        """Line 5: c_t = g(f, a_t), as long as step t's clips are. After a prefix (the good part of
-        a clip) it goes on from the prefix's last frame and is joined to it.
-
-        [D10] Paper: auxiliary. Here: `partial` makes the good part of the last attempt the prefix.
-        Because: Algorithm 1 starts every attempt from f."""
-        if not prefix and self.config.partial and self.tried:
-            clip, d = self.tried[-1]
-            prefix = good_part(clip, d) if d.good_fraction >= self.config.partial else None
-        seconds = self.config.seconds_first if a_t.t == 1 else self.config.seconds_next
-        if not prefix:
-            return self.generate(f, a_t.prompt, seconds)
-        clip = self.generate(prefix.frames[-1], a_t.prompt, seconds)
-        self.steps[-1]["attempts"][-1]["prefix_frames"] = len(prefix.frames)
-        return concat([prefix, clip])
-
-    def generate(self, frame, prompt: str, seconds: float, seed: int | None = None) -> Clip:
-        """One clip, new or from the journal, counted. A failed call uses up no attempt and is
-        repeated once with the next seed; the second failure raises Problem.
-
-        [D7] Paper: one seed. Here: the run's seed plus the generator calls so far. Because: with
-        one seed a re-sample is the same clip again."""
-        cost, attempts = self.cost, self.steps[-1]["attempts"]
-        if cost.vgm_seconds + seconds > (self.config.max_vgm_seconds or math.inf) + 1e-9:
-            log.info("    the next clip would go over max_vgm_seconds")
-            raise BudgetSpent(BudgetSpent.__doc__)
-        if seed is None:
-            seed = self.config.seed + cost.clips + cost.generator_errors
-        key, entry, clip = self.make(frame, prompt, seconds, seed)
-        for error in entry["errors"]:
-            cost.generator_errors += 1
-            cost.vgm_wall_seconds += error["wall_seconds"]
-            attempts.append({"j": None, "prompt": prompt, "seconds": 0.0, "clip": None,
-                             "status": "generator_error"} | error)
-        if clip is None:
-            raise Problem(f"The generator failed twice in a row ({entry['errors'][-1]['reason']}).")
-        self.first_clip = self.first_clip or clip
-        j = 1 + sum(a["status"] != "generator_error" for a in attempts)
-        cost.clips += 1
-        cost.steps += j == 1
-        cost.regenerations += j > 1
-        cost.vgm_seconds += clip.seconds
-        cost.vgm_wall_seconds += entry["wall_seconds"]
-        attempts.append({"j": j, "prompt": prompt, "seed": entry["seed"], "seconds": clip.seconds,
-                         "status": "unverified", "clip": self.journal.clip_name(key)})
-        return clip
-
-    def make(self, frame, prompt: str, seconds: float, seed: int):
-        """(journal key, entry, clip or None), from the journal or in at most two calls."""
-        identity = getattr(self.vgm, "identity", {})
-        key = self.journal.key("vgm", frame, prompt, seconds, seed, identity)
-        entry, clip = self.journal.read(key) or ({"errors": []}, None)
-        for _ in range(2):
-            if clip is not None:
-                break
-            self.journal.prepare()
-            entry["seed"] = seed + len(entry["errors"])
-            log.info("    generating %.1f s, seed %d: %s", seconds, entry["seed"], prompt)
-            began, reason = time.monotonic(), None
-            try:
-                made = self.vgm(frame, prompt, seconds, entry["seed"])
-                clip = checked(made, frame, self.first_clip)
-            except Exception as error:  # noqa: BLE001 - whatever it raises, the generation failed
-                reason = redact(f"{type(error).__name__}: {error}")
-                log.warning("    the generator failed: %s", reason)
-            entry["wall_seconds"] = wall = time.monotonic() - began
-            if reason:
-                entry["errors"].append(
-                    {"reason": reason, "seed": entry["seed"], "wall_seconds": wall})
-            self.journal.write(key, entry, clip)
-        return key, entry, clip
-
-    # ---------------------------------------------------------- Sec. 3.2 Progressive planning
-
+    # ------------------------------------------------------- Sec. 3.2 Progressive planning (M1)
     PLANNER = """\
-You plan for an image-to-video generator that works on a visual task in short clips. Every clip
+You plan for an image-to-video generator that works on a visual task in short clips, each of which
 starts from the last frame of the one before. You get the task prompt, the input image and what has
 really happened so far, and you plan the next action only.
 
 - Look first: observation says what the current frame shows, not what was meant to happen.
-- remaining_goal says what of the task is still to be done. If nothing is, set task_complete to true
-  and leave instruction and target_state empty.
-- Otherwise instruction is one visible action that one short clip can show: what moves or changes,
-  in which way and direction, how far, and where to. No second action and no outlook.
-- target_state is exact: what the last frame must show if the action went right.
-- estimated_steps_remaining counts the steps needed from here, this one included: it is 1 if this
-  action finishes the task.
-- After a rejected step plan another way: smaller, simpler, or in other words.
-- On the last allowed step the action must finish the task.
+- remaining_goal is what of the task is still to be done. If a clip was made and nothing is left to
+  do, set task_complete to true and leave instruction and target_state empty.
+- Otherwise instruction is one visible action that one clip of the given length can show: what moves
+  or changes, in which way and direction, how far, and where to. No second action, no outlook.
+  target_state is exact: what the last frame must show if the action went right.
+- estimated_steps_remaining counts the steps from here, this one included: it is 1 on the last.
+- After a rejected step plan another way. On the last allowed step the action must finish it all.
 
 Reply with one JSON object with the fields observation, remaining_goal, task_complete, instruction,
 target_state, estimated_steps_remaining.
 """
 
-    def plan(self, I0, q: str, H: list[Clip], *, t: int) -> Action:
-        """Line 3, M1: a_t from π_plan(I0, q, H). M2 alone has no planner: its action is q.
+    class Plan(Reply):
+        observation: str
+        remaining_goal: str
+        task_complete: bool
+        instruction: str
+        target_state: str
+        estimated_steps_remaining: int = Field(ge=0)
 
-        [D1] Paper: lines 11 and 19 end the loop. Here: task_complete does too, unless H is empty.
-        Because: the paper's planner returns it, and M1 alone could not stop otherwise."""
-        self.tried, N_max = [], self.config.caps()[0]
-        self.steps.append({"t": t, "instruction": q, "attempts": [], "route": None})
-        if self.config.modules == "m2":
-            return Action(t, q, q, is_last=True)
-        past = [line for step in self.steps[:-1] for line in told(step)]
-        p = self.ask("planner", self.PLANNER, [
-            f"Task prompt: {q}", "Input image:", I0, "Steps so far:", *(past or ["none"]),
-            *last_frames(H), f"Current frame: {'the last of these' if H else 'the input image'}",
+        @model_validator(mode="after")
+        def _has_an_action(self):
+            if not (self.task_complete or self.instruction.strip()):
+                raise ValueError("instruction must not be empty unless the task is complete")
+            return self
+
+    class FirstPlan(Plan):
+        task_complete: Literal[False]  # while H is empty
+
+    def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
+        """Line 3: a_t from π_plan(I0, q, H), and the plan that it is part of."""
+        N_max = self.config.N_max
+        p = self.models.ask("planner", self.PLANNER, [
+            f"Task prompt: {q}", "Input image:", I0, *H.told(),
+            f"Current frame: {'the last of these' if H.joined else 'the input image'}",
             f"Step: {t} of at most {N_max}{' (the last allowed step)' * (t == N_max)}",
-        ], Plan, may_end=bool(H))
-        is_done = p.task_complete and bool(H)
-        is_last = t == N_max or p.estimated_steps_remaining <= 1
-        log.info("step %d/%d: %s", t, N_max, "the task is complete" if is_done else p.instruction)
-        self.steps[-1] |= p.model_dump()
-        return Action(t, p.instruction, p.instruction, p.target_state, is_last, is_done)
+            f"Clip length: {self.config.seconds(t):g} s",
+        ], self.Plan if H.joined else self.FirstPlan, t)
+        return p.instruction, p
 
-    # -------------------------------------------- Sec. 3.3 Verification and prompt evolution
-
+    # ---------------------------------------- Sec. 3.3 Verification and prompt evolution (M2)
     VERIFIER = """\
-You check one clip that an image-to-video generator made for one planned action, a step of a longer
-task. You get the task prompt, the input image, the last frames of the clips accepted so far, the
-planned action with its target state, and the clip.
+You check one clip that an image-to-video generator made for one planned action of a longer task.
+You get the task prompt, the input image, what came of the steps before, the action with its target
+state, and the clip. Corrections at the action's end hold where they differ from its beginning.
 
-- Judge whether the planned action happens. Finishing the task is not your concern.
-- Does the right thing start to move or change, in the right way and direction?
-- Does the clip end in agreement with the plan, even if short of the target state?
-- Is there a fundamental error: wrong direction, wrong object, wrong action, or a scene that
-  collapses or becomes another one? Only this is a reason to reject.
-- Not reasons to reject: partial progress, small artefacts, a task that is not finished yet.
-- progress is none, partial or complete; complete means that the target state is reached.
-- good_fraction is how much of the clip, counted from its start, is right before the error: 0 if it
-  is wrong from the start, 1 if there is no error.
+- Judge the planned action only: does the right thing start to move or change, in the right way and
+  direction, and does the clip end in agreement with the plan, even if short of the target state?
+- Reject only for a fundamental error: wrong direction, object or action, or a scene that collapses
+  or becomes another one. Partial progress, small artefacts and an unfinished task are no reasons.
+- action_executed says whether the action happens, be it in part. progress is none, partial, or
+  complete if the target state is reached. An accept needs both the action and some progress.
+- good_fraction is how much of the clip, from its start, is right before the error: 0 to 1.
 - When you reject, suggestion is one sentence for the generator: what to show instead.
 
 Reply with one JSON object with the fields reason, action_executed, progress, good_fraction,
-suggestion, verdict (accept or reject), confidence (0 to 1).
+suggestion, confidence (low, medium or high), verdict (accept or reject).
 """
 
-    def verify(self, I0, q: str, H: list[Clip], c_t: Clip, *, a_t: Action):
-        """Line 6, M2: (v, d) = π_verify(I0, q, H, c_t). M1 alone accepts unverified, without d.
+    class Verification(Reply):
+        reason: str
+        action_executed: bool
+        progress: Literal["none", "partial", "complete"]
+        good_fraction: float = Field(ge=0, le=1)
+        suggestion: str
+        confidence: Literal["low", "medium", "high"]
+        verdict: Literal["accept", "reject"]
 
-        [D5] Paper: leaves open which prompt is judged. Here: the plan, never the evolved prompt.
-        Because: repairs must not move the goal."""
-        if self.config.modules == "m1":
-            self.unverified.append(a_t.t)
-            return "accept", None
-        d = self.ask("verifier", self.VERIFIER, [
-            f"Task prompt: {q}", "Input image:", I0, *last_frames(H),
-            f"Planned action: {a_t.instruction}",
-            f"Target state: {a_t.target_state or 'as the task prompt says'}", "Clip to check:", c_t,
-        ], Verification)
-        attempt = self.steps[-1]["attempts"][-1]
-        attempt |= {"status": d.verdict} | d.model_dump(exclude={"verdict"})
-        log.info("    attempt %d: %s, progress %s, good fraction %.2f: %s%s", attempt["j"],
-                 d.verdict, d.progress, d.good_fraction, d.reason,
-                 d.suggestion and f" -> {d.suggestion}")
-        if d.verdict == "reject":
-            self.tried.append((c_t, d))
-            self.best = [best_of([*self.best, (c_t, d)])]
+        @model_validator(mode="after")
+        def _does_not_contradict_itself(self):
+            if self.verdict == "accept" and not (self.action_executed and self.progress != "none"):
+                raise ValueError("an accept needs action_executed true and progress not none")
+            return self
+
+    def verify(self, I0, q: str, H: History, c_t: Clip, a_t: str, p: Plan, t: int):
+        """Line 6: (v, d) = π_verify(I0, q, H, c_t), of a_t as it stands, evolved."""
+        d = self.models.ask("verifier", self.VERIFIER, [
+            f"Task prompt: {q}", "Input image:", I0, *H.told(), f"Planned action: {a_t}",
+            f"Target state: {p.target_state or 'as the task prompt says'}", "Clip to check:", c_t,
+        ], self.Verification, t)
         return d.verdict, d
 
-    def evolve(self, a_t: Action, d: Verification | Routing) -> Action:
-        """Line 15: folds the suggestion into the prompt, without a VLM call.
+    def evolve(self, a_t: str, d: Verification | Routing) -> str:
+        """Line 15: the suggestion, else the reason, joins the prompt; no VLM call. [D5]"""
+        return f"{a_t} Correction: {d.suggestion.strip() or d.reason.strip()}"
 
-        [D6] Paper: the suggestion. Here: else the reason; earlier ones stay in the prompt. Because:
-        an unchanged prompt asks for the same mistake."""
-        learned = d.suggestion.strip() or d.reason.strip()
-        return replace(a_t, prompt=f"{a_t.prompt} Correction: {learned}")
-
-    # -------------------------------------------------------------- App. A.5 Failure router
-
+    # ------------------------------------------------------------- App. A.5 The failure router
     ROUTER = """\
 All attempts at one step of a video generation task were rejected. You decide how to go on. You get
-the task prompt, the input image, the last frames of the clips accepted so far, the planned action,
-the best of the failed clips, and its reason, suggestion and good fraction (how much of the clip was
-right before the error).
+the task prompt, the input image, what came of the steps before, the planned action, the best of the
+failed clips, and of it reason, suggestion and good fraction (how much was right before the error).
 
 - regen: an execution slip in one coherent change, with a moderate or high good fraction. The good
   part is kept and the rest is generated once more, with your suggestion.
 - split: the step is too much for one clip, it needs states in between, or the good fraction is very
-  low. The planner goes on in smaller steps; estimated_steps says in how many.
+  low. The planner goes on in smaller steps; estimated_steps says in how many (otherwise 0).
 - fallback: it is the splitting that spoils the clips, at the seams between steps, and what is left
   is simple enough for one clip. The whole task is generated in a single clip.
 
 Choose among the allowed actions only. suggestion is one sentence for the generator or the planner.
-
-Reply with one JSON object with the fields reason, action, suggestion, estimated_steps (0 if not
-split).
+Reply with one JSON object with the fields reason, action, suggestion, estimated_steps.
 """
 
-    def exhausted(self, I0, q: str, H: list[Clip], f, a_t: Action):
-        """What follows M rejected attempts: the new (H, f), and a status if the run ends here.
+    class Routing(Reply):
+        reason: str
+        action: Literal["regen", "split", "fallback"]
+        suggestion: str
+        estimated_steps: int = Field(ge=0)
 
-        [D3] Paper: Algorithm 1 goes on with H and f unchanged (`replan`), C.2 with the best attempt
-        (`best`), A.5 asks the router (`route`). Here: all three. Because: they differ."""
-        (clip, d), action = best_of(self.tried), self.config.on_exhausted
+    class LastRouting(Routing):
+        action: Literal["regen", "fallback"]  # at t = N_max no step is left to take up a split
+
+    def exhausted(self, I0, q: str, H: History, f, p: Plan, t: int):
+        """After M rejections of step t: the new (H, f), and a status if the run ends here. [D3]"""
+        best, r, action = H.best(t), None, self.config.on_exhausted
         if action == "route":
-            split = ["split"] * (a_t.t < self.config.caps()[0])  # if a step is left to take it up
-            allowed = ["regen", *split, "fallback"]
-            r = self.ask("router", self.ROUTER, [
-                f"Task prompt: {q}", "Input image:", I0, *last_frames(H),
-                f"Planned action: {a_t.instruction}", "Failed clip:", clip,
-                f"Reason: {d.reason}", f"Suggestion: {d.suggestion}",
-                f"Good fraction: {d.good_fraction:.2f}", f"Allowed actions: {', '.join(allowed)}",
-            ], Routing, allowed=allowed)
-            log.info("    router: %s: %s -> %s", r.action, r.reason, r.suggestion)
-            self.steps[-1]["route"], action = r.model_dump(), r.action
-        if action in ("replan", "split"):  # after a split, `told` tells the next plan
+            r = self.models.ask("router", self.ROUTER, [
+                f"Task prompt: {q}", "Input image:", I0, *H.told(), f"Planned action: {best.a_t}",
+                "Failed clip:", best.c_t, f"Reason: {best.d.reason}",
+                f"Suggestion: {best.d.suggestion}", f"Good fraction: {best.d.good_fraction:.2f}",
+                f"Allowed actions: regen, {'split, ' * (t < self.config.N_max)}fallback",
+            ], self.Routing if t < self.config.N_max else self.LastRouting, t)
+            action = r.action
+        if action in ("replan", "split"):
+            advice = f" Advice: {r.suggestion} Steps needed: {r.estimated_steps}." if r else ""
+            H.outcomes.append(f"Step {t}: {best.a_t} Outcome: rejected, nothing was kept: "
+                              f"{best.d.reason}{advice}")
             return H, f, None
         if action == "fallback":  # one single-shot run, N = 1: from I0, with q, not verified
-            H[:], self.unverified[:] = [self.generate(I0, q, self.config.seconds_first)], [a_t.t]
-            return H, H[-1].frames[-1], "fallback"
-        if action == "regen":  # the good part survives (D.5); the joined clip is verified
-            c_t = self.g(f, self.evolve(a_t, r), prefix=good_part(clip, d))
-            v, d = self.verify(I0, q, H, c_t, a_t=a_t)
-            if v == "accept":
-                H.append(c_t)
-                return H, c_t.frames[-1], "complete" if self.is_complete(a_t, d) else None
-            clip, d = best_of(self.tried)
-        self.unverified.append(a_t.t)  # best, also after a regen that was rejected
-        self.steps[-1]["kept"] = d.reason
-        H.append(clip)
-        return H, clip.frames[-1], None
+            a_t = self.evolve(q, r)
+            c_t = self.models.generate(I0, a_t, self.config.seconds_first, t)
+            return History([Attempt(t, a_t, c_t)]), f, "fallback"
+        if action == "regen":  # the good part survives (D.5), and the joined clip is verified
+            k = math.floor(best.d.good_fraction * (len(best.c_t.frames) - 1))
+            good, a_t = Clip(best.c_t.frames[: k + 1], best.c_t.fps), self.evolve(best.a_t, r)
+            c_t = concat([good, self.g(good.frames[-1], a_t, t)])
+            _, d = self.verify(I0, q, H, c_t, a_t, p, t)
+            H.rejected.append(again := Attempt(t, a_t, c_t, d))
+            best = again if d.verdict == "accept" else H.best(t)
+        H.join(best)
+        done = best.d.verdict == "accept" and self.is_complete(p, best.d)
+        return H, best.c_t.frames[-1], "complete" if done else None
 
-    # -------------------------------------------------------------------- One call to the VLM
 
-    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], **context):
-        """One role's answer, as `schema`, new or from the journal, counted before it is read.
+# ============================================================================= The two models
+class Models:
+    """The one seam to both models, for one run: here a call is counted, checked, repeated if it
+    failed, and written down, so that with the same folder nothing is paid for twice.
 
-        [D11] Paper: silent. Here: what does not fit is asked for again with the error, twice at
-        most; then Problem. Because: an accept that was not said is worse than no answer."""
-        key = self.journal.key(role, instructions, parts, json_schema(schema),
-                               getattr(self.vlm, "identity", {}))
-        entry, _ = self.journal.read(key) or ({"replies": []}, None)
-        value = fault = None
-        for reply in entry["replies"]:
-            value, fault = self.receive(role, reply, schema, context)
-        last = len(entry["replies"]) + 3
-        while value is None and len(entry["replies"]) < last:
-            self.journal.prepare()
-            again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
-            began = time.monotonic()
-            text, usage = self.vlm(instructions, parts + [again] * bool(fault), schema)
-            wall = {"wall_seconds": time.monotonic() - began}
-            entry["replies"].append({"text": text} | wall | usage)
-            self.journal.write(key, entry)
-            value, fault = self.receive(role, entry["replies"][-1], schema, context)
-        if value is None:
-            raise Problem(f"The {role} gave no usable reply in three calls ({fault}); the last "
-                          f"was {(text or '')[:300]!r}.")
-        return value
+    vgm(frame, prompt, seconds, seed) -> Clip: frame is uint8 RGB (H, W, 3), frame 0 of the clip
+        depicts it; raising anything is a failed generation.
+    vlm(instructions, parts, schema) -> dict: `text` and, where known, `tokens_in`, `tokens_out`,
+        `model`, `host`, and `fault` if the reply was cut off or refused. parts: strings, pictures
+        and Clips in reading order; schema: the pydantic model that the reply must fit.
+    Either may have `identity`, a dict of the settings that change its answers.
+    folder: for calls.jsonl and clips/, by default a temporary one; Problem if it is in use."""
 
-    def receive(self, role: str, reply: dict, schema: type[Reply], context: dict):
-        """(value, None) for a usable reply, else (None, what is wrong with it). Counts both."""
-        self.cost.vlm_calls[role] += 1
-        self.cost.vlm_wall_seconds[role] += reply["wall_seconds"]
-        self.cost.tokens_in[role] += reply.get("tokens_in") or 0
-        self.cost.tokens_out[role] += reply.get("tokens_out") or 0
-        if reply.get("model") and reply["model"] not in self.models:
-            self.models.append(reply["model"])
+    def __init__(self, vgm, vlm, folder: str | Path | None = None, seed: int = 0):
+        self.vgm, self.vlm, self.seed = vgm, vlm, seed
+        self.temporary = None if folder else tempfile.TemporaryDirectory()  # goes when self does
+        self.folder = Path(folder or self.temporary.name)
+        (self.folder / "clips").mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.folder / "lock")
+        with explained(f"Another process is at work in {self.folder}", filelock.Timeout):
+            self.lock.acquire(blocking=False)
+        self.calls: list[dict] = []  # of this run, in order: its trace
+        (path := self.folder / "calls.jsonl").touch()
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")  # _: torn by a power cut
+        os.truncate(path, len(whole + newline))
+        self.lines = [json.loads(x) for x in whole.splitlines()]  # of earlier starts and this one
+        self.unused = list(self.lines)  # what earlier starts paid for, as far as not replayed
+
+    def generate(self, frame, prompt: str, seconds: float, t: int = 1, seed: int | None = None):
+        """A clip for step t. A failed generation uses up no attempt and is tried once more with
+        another seed; then Problem. seed: by default the run's plus its calls so far. [D6]"""
+        failures = tries = 0
+        while failures < 2:
+            number = sum(x["role"] == "vgm" for x in self.calls)
+            s = self.seed + number if seed is None else seed + 1000 * tries  # no other candidate's
+            line, new = self.call("vgm", t, [frame, prompt, seconds, s], self.film)
+            if "clip" in line:
+                return read_clip(self.folder, line)
+            failures, tries = failures + new, tries + 1
+        raise Problem(f"The generator failed twice in a row ({line['error']}).")
+
+    def film(self, frame, prompt: str, seconds: float, seed: int) -> dict:
+        """Calls the generator. A clip is on the disk before the line that vouches for it."""
+        line, began = {"prompt": prompt, "seed": seed}, time.monotonic()
         try:
-            if reply.get("fault"):
-                raise ValueError(reply["fault"])
-            return schema.model_validate(parse_object(reply["text"]), context=context), None
-        except (ValueError, RecursionError) as error:
-            fault = first_line(error)
-            log.warning("    %s: unusable reply: %s", role, fault)
-            return None, fault
+            clip = self.vgm(frame, prompt, seconds, seed)
+            line["wall_seconds"] = round(time.monotonic() - began, 3)
+            x = getattr(clip, "frames", None)
+            if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or len(x) < 2:
+                raise ValueError(f"a generator returns a Clip, uint8 (T > 1, H, W, 3), no {clip}")
+            size = [*x.shape[1:3], float(clip.fps)]
+            first = next((x["size"] for x in self.calls if "clip" in x), size)
+            if size != first or not 0 < clip.fps < math.inf:
+                raise ValueError(f"(H, W, fps) = {size} does not go with the first clip's {first}")
+        except Problem:
+            raise
+        except Exception as error:  # whatever it raises, the generation failed
+            log.warning("the generation failed", exc_info=True)
+            return line | {"error": f"{type(error).__name__}: {error}"[:400]}
+        name = f"clips/{1 + sum('clip' in x for x in self.lines):03}.mkv"
+        write_file(self.folder / name, encode_video(clip, lossless=True))
+        return line | {"seconds": clip.seconds, "size": size, "clip": name}
+
+    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1):
+        """A role's reply, as `schema`. What does not fit is asked for again with the error, twice
+        at most; then Problem. It is never taken for an accept. [D9]"""
+        fault, failures = "", 0
+        while failures < 3:
+            again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
+            asked = [*parts, again] if fault else parts
+            line, new = self.call(role, t, [instructions, asked, schema], self.answer)
+            if "reply" in line:
+                return schema.model_validate(line["reply"])
+            fault, failures = line["fault"], failures + new
+        raise Problem(f"The {role} gave no usable reply in three calls ({fault}); the last was "
+                      f"{line['text']!r:.300}.")
+
+    def answer(self, instructions: str, parts: list, schema: type[Reply]) -> dict:
+        """Asks the VLM. The answer gets a `reply` if it is usable, else a `fault`. The JSON object
+        is what stands after the last </think>, if any, from the first { to the last }."""
+        answer = self.vlm(instructions, parts, schema)
+        text = answer["text"].rpartition("</think>")[2][:100_000]
+        if answer.get("fault"):
+            return answer
+        try:
+            value = jiter.from_json(text[text.find("{") : text.rfind("}") + 1].encode(),
+                                    catch_duplicate_keys=True, allow_inf_nan=False)
+            return answer | {"reply": schema.model_validate(value).model_dump()}
+        except ValueError as error:
+            return answer | {"fault": first_line(error)}
+
+    def call(self, role: str, t: int, request: list, make) -> tuple[dict, bool]:
+        """An earlier start's line that answers the request, else a new one, synced; and which."""
+        model = self.vgm if role == "vgm" else self.vlm
+        key = digest(role, request, getattr(model, "identity", {}))
+        line = next((x for x in self.unused if x["request"] == key and (
+            "clip" not in x or read_clip(self.folder, x))), None)
+        if new := line is None:
+            log.info("step %d: %s: waiting", t, role)
+            began = time.monotonic()
+            line = {"t": t, "role": role, "request": key, **make(*request)}
+            line.setdefault("wall_seconds", round(time.monotonic() - began, 3))
+            text = clean(json.dumps(line))
+            with open(self.folder / "calls.jsonl", "a") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.lines.append(line := json.loads(text))
+        self.unused = [x for x in self.unused if x is not line]
+        self.calls.append(line | {"t": t})
+        rest = {k: v for k, v in line.items() if k not in ("t", "role", "request", "text")}
+        said = "; ".join(f"{k}: {v}" for k, v in line.get("reply", rest).items())
+        log.info("step %d: %s: %s", t, role, said)
+        return line, new
+
+    def cost(self) -> dict:
+        """What the run's calls came to, whatever became of the clips (Sec. 4)."""
+        clips = [x for x in self.calls if "clip" in x]
+        steps, roles = len({x["t"] for x in clips}), dict.fromkeys(x["role"] for x in self.calls)
+        return {"vgm_seconds": sum(x["seconds"] for x in clips), "clips": len(clips),
+                "steps": steps, "regenerations": len(clips) - steps,
+                "generator_errors": sum("error" in x for x in self.calls)} | {
+            k: {role: round(sum(x.get(k, k == "calls") for x in self.calls if x["role"] == role), 3)
+                for role in roles} for k in ("calls", "tokens_in", "tokens_out", "wall_seconds")}
 
 
-# -------------------------------------------------- what the roles reply (App. A.2, A.5)
+def digest(*parts) -> str:
+    """A hash of what a request is made of. Raises Problem for a picture that is no array."""
+    def plain(x):
+        if isinstance(x, type):  # a reply's schema
+            return x.model_json_schema()
+        if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 2 and x.shape[-1] == 3:
+            return [x.shape, hashlib.sha256(np.ascontiguousarray(x)).hexdigest()]
+        if isinstance(x, Clip):
+            return [x.frames, float(x.fps)]
+        raise Problem(f"A picture is a uint8 RGB array, as np.array(PIL's) is, not {type(x)}.")
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
 
 
-class Reply(BaseModel):
-    """Strict: a number in quotes or a field too many is a misunderstanding. Reasons come first."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Plan(Reply):
-    """The planner's reply. Context: may_end, whether anything is in H yet."""
-
-    observation: str
-    remaining_goal: str
-    task_complete: bool
-    instruction: str
-    target_state: str
-    estimated_steps_remaining: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _has_an_action(self, info: ValidationInfo[dict]):
-        if not self.instruction.strip() and not (self.task_complete and info.context["may_end"]):
-            raise ValueError("instruction must not be empty: an action is needed now")
-        return self
+# =================================================================================== VLM, VGM
+GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai/"
+URL = r"^https?://([-\w.]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?$"  # without password and query
 
 
-class Verification(Reply):
-    """The verifier's reply: the verdict v, and the diagnosis d around it."""
-
-    reason: str
-    action_executed: bool
-    progress: Literal["none", "partial", "complete"]
-    good_fraction: float = Field(ge=0, le=1)
-    suggestion: str
-    verdict: Literal["accept", "reject"]
-    confidence: float = Field(ge=0, le=1)
-
-
-class Routing(Reply):
-    """The router's reply. Context: allowed, the actions that are possible here."""
-
-    reason: str
-    action: Literal["regen", "split", "fallback"]
-    suggestion: str
-    estimated_steps: int = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _is_allowed(self, info: ValidationInfo[dict]):
-        if self.action not in info.context["allowed"]:
-            raise ValueError(f"action must be one of {', '.join(info.context['allowed'])}")
-        return self
-
-
-@functools.cache
-def json_schema(schema: type[BaseModel]) -> dict:
-    """What a reply has to look like, worked out once."""
-    return schema.model_json_schema()
-
-
-def parse_object(text: str | None) -> dict:
-    """A reply's JSON object, fences stripped. Raises ValueError for anything else."""
-
-    def once(pairs):  # json would keep the last of two verdicts
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a field is given twice")
-        return dict(pairs)
-
-    text = (text or "").strip()
-    if len(text) > 100_000:
-        raise ValueError(f"a reply of {len(text):,} characters")
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
-    value = json.loads(fenced[1] if fenced else text, object_pairs_hook=once)
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - as for any reply that does not fit
-    return value
-
-
-def first_line(error: Exception) -> str:
-    """An error in one short line; of pydantic's the first field and its message."""
-    if isinstance(error, ValidationError):
-        e = error.errors()[0]
-        return ": ".join([*map(str, e["loc"]), e["msg"]])[:200]
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-# ---------------------------------------------------------------- clips, and what is told of H
-
-
-def last_frames(H: list[Clip]) -> list:
-    """The last frames of the newest eight accepted clips, with labels.
-
-    [D8] Paper: frames of H. Here: one a clip, eight at most. Because: requests have limits."""
-    newest = list(enumerate(H, 1))[-8:]
-    return [x for i, c in newest for x in (f"Last frame of accepted clip {i}:", c.frames[-1])]
-
-
-def told(step: dict) -> list[str]:
-    """What the planner is told of an earlier step."""
-    clips = [a for a in step["attempts"] if a["status"] != "generator_error"]
-    last = clips[-1]
-    if last["status"] == "accept":
-        outcome = f"accepted, progress {last['progress']}"
-    elif last["status"] == "unverified":
-        outcome = "done, not verified"
-    elif "kept" in step:
-        outcome = f"rejected {len(clips)} times, the best attempt was kept: {step['kept']}"
-    else:
-        outcome = f"rejected {len(clips)} times, nothing was kept: {last['reason']}"
-    lines = [f"Step {step['t']}: {step['instruction']} Outcome: {outcome}"]
-    if step["route"] and step["route"]["action"] == "split":
-        lines.append("Advice: split what remains into about {estimated_steps} smaller steps. "
-                     "{suggestion} ({reason})".format(**step["route"]))
-    return lines
-
-
-def best_of(attempts: list[tuple[Clip, Verification]]) -> tuple[Clip, Verification]:
-    """The attempt with the largest good fraction, the latest of equals (C.2)."""
-    return max(reversed(attempts), key=lambda attempt: attempt[1].good_fraction)
-
-
-def good_part(clip: Clip, d: Verification) -> Clip:
-    """Frames 0..k before the error, k = floor(good_fraction (T - 1)) (D.5)."""
-    return Clip(clip.frames[: math.floor(d.good_fraction * (len(clip.frames) - 1)) + 1], clip.fps)
-
-
-def checked(clip: Clip, frame, like: Clip | None) -> Clip:
-    """The clip, if it keeps the contract and can be joined to one like it; else ValueError. Warns
-    if frame 0 does not depict the conditioning frame (A.4: SSIM 0.97 for Wan, 0.82 for Sora 2)."""
-    import numpy as np
-
-    shape, dtype = clip.frames.shape, clip.frames.dtype
-    if len(shape) != 4 or shape[3] != 3 or str(dtype) != "uint8":
-        raise ValueError(f"frames must be uint8 (T, H, W, 3), not {dtype} {shape}")
-    if shape[0] < 2 or not 0 < clip.fps < math.inf:
-        raise ValueError(f"too few frames: {shape[0]} at {clip.fps} fps")
-    if like and (shape[1:], clip.fps) != (like.frames.shape[1:], like.fps):
-        raise ValueError(f"a clip of {shape[2]}x{shape[1]} at {clip.fps} fps does not go with one "
-                         f"of {like.frames.shape[2]}x{like.frames.shape[1]} at {like.fps} fps")
-    if (same := ssim(frame, clip.frames[0])) < 0.85:
-        log.warning("    frame 0 is not the conditioning frame (SSIM %.2f): is it lost?", same)
-    # in a row, because it will be hashed often; a plain number, because fps may be one of numpy's
-    return Clip(np.ascontiguousarray(clip.frames), float(clip.fps))
-
-
-# ===================================================================================== VLM
-
-
-@settings(config=finite, eq=False)
+@settings(config=strict, eq=False)
 class OpenAIVLM:
     """Any OpenAI-compatible endpoint as `vlm`. Keys come from the environment when needed:
     GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
+    vlm: str = "gemini-2.5-pro"  # the VLM's model name (App. A.1)
+    vlm_url: Annotated[str, Field(pattern=URL)] = GOOGLE  # base URL; of vLLM http://HOST:8000/v1
+    temperature: Annotated[float, Field(ge=0)] | None = 0.2  # None: not sent (App. A.1)
+    video_input: Literal["frames", "video"] = "frames"  # how it sees a clip; video: as MP4 [D10]
+    verify_fps: Annotated[float, Field(gt=0)] = 1.0  # frames per second that it sees (App. A.1)
+    # more fields for each request, a JSON object
+    request_extra: Annotated[str, AfterValidator(TypeAdapter(dict).validate_json)] = "{}"
+    timeout: Annotated[float, Field(gt=0)] = 600.0  # longest wait for one answer, s
 
-    vlm: str = Field(default="gemini-2.5-pro", description="the VLM's model name (App. A.1)")
-    vlm_url: Annotated[str, AfterValidator(lambda url: web_address(url))] = Field(
-        default="https://generativelanguage.googleapis.com/v1beta/openai/",
-        description="base URL of an OpenAI-compatible endpoint")
-    temperature: float | None = Field(
-        default=0.2, ge=0, description="or none: not sent (App. A.1)")
-    video_input: Literal["frames", "video"] = Field(
-        default="frames", description="how clips are sent")
-    verify_fps: float = Field(
-        default=1.0, gt=0, description="frames per second that it sees (App. A.1)")
-    request_extra: Annotated[dict, BeforeValidator(
-        lambda x: json.loads(x) if isinstance(x, str) else x)] = Field(
-        default_factory=dict, description="more fields for the request, as JSON")
-    timeout: float = Field(default=600.0, gt=0, description="longest wait for one answer, s")
-
-    @property
-    def identity(self) -> dict:
-        names = ("vlm", "temperature", "video_input", "verify_fps", "request_extra")
-        return {name: getattr(self, name) for name in names}
+    identity = property(lambda self: {k: v for k, v in asdict(self).items()
+                                      if k not in ("vlm_url", "timeout")})
 
     @property
     def host(self) -> str:
-        return urlsplit(self.vlm_url).hostname or ""
+        return self.vlm_url.split("/")[2]
 
-    @property
-    def key(self) -> str | None:
-        if self.host == "generativelanguage.googleapis.com":
-            return os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY")
-        return os.environ.get("OPENAI_API_KEY") or "none"  # a local server asks for none
+    @contextlib.contextmanager
+    def client(self, max_retries: int = 6):
+        """An OpenAI client. Its errors become a Problem that names the URL, never the key."""
+        import openai
+        google = self.host.split(":")[0].lower() == GOOGLE.split("/")[2]
+        names = ("GEMINI_API_KEY", "GOOGLE_API_KEY") if google else ("OPENAI_API_KEY",)
+        key = next(filter(None, map(os.environ.get, names)), None if google else "none")
+        if not key:
+            raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples/maze.")
+        with explained(f"{self.vlm_url} gave no usable answer", Exception):  # for HTML it is any
+            yield openai.OpenAI(api_key=key, base_url=self.vlm_url, max_retries=max_retries,
+                                timeout=openai.Timeout(self.timeout, connect=8))
 
     def check(self) -> None:
-        """Raises Problem if there is no key, no endpoint, or no such model there."""
-        names = self.request(lambda client: [m.id for m in client.models.list()])
-        names = [name.removeprefix("models/") for name in names]
-        if self.vlm not in names:
-            raise Problem(f"{self.host} has no model {self.vlm!r}; it has {', '.join(names[:8])}.")
-
-    def request(self, send):
-        """send(client), the client's retries included. Raises Problem, without the key."""
+        """Raises Problem if key, endpoint or model is missing; one not listed is asked a word."""
         import openai
+        with self.client(max_retries=0) as client:
+            names, ask = [], [{"role": "user", "content": "Reply with the word ok."}]
+            with contextlib.suppress(openai.APIStatusError):
+                names = [x.id.removeprefix("models/") for x in client.models.list(timeout=9)]
+            if self.vlm not in names:
+                client.chat.completions.create(model=self.vlm, messages=ask)
 
-        if not self.key:
-            raise Problem(f"No API key for {self.host}: set GEMINI_API_KEY, or name another "
-                          f"endpoint with --vlm-url; without either there is {OFFLINE}")
-        try:
-            return send(openai.OpenAI(api_key=self.key, base_url=self.vlm_url, max_retries=6,
-                                      timeout=self.timeout))
-        except openai.APIStatusError as error:  # str() hides Google's error bodies, which are lists
-            said = f"{error.status_code} {json.dumps(error.body)}"
-        except Exception as error:  # noqa: BLE001 - a URL, a key, a page of HTML: all end here
-            said = f"nothing usable ({first_line(error)})"
-        raise Problem(f"{self.host} answered {redact(said)[:300]}.")
-
-    def __call__(self, instructions: str, parts: list, schema: type[BaseModel]):
-        """(text, usage), see "The two callables". Raises Problem when the endpoint gives up."""
+    def __call__(self, instructions: str, parts: list, schema: type[BaseModel]) -> dict:
+        """See "The two models". Raises Problem when the endpoint gives up."""
         content = [piece for part in parts for piece in self.encode(part)]
-        body: dict = {
-            "model": self.vlm, "extra_body": self.request_extra,
-            "messages": [{"role": "system", "content": instructions},
-                         {"role": "user", "content": content}],
-            "response_format": {"type": "json_schema", "json_schema": {
-                "name": schema.__name__, "schema": json_schema(schema), "strict": True}}}
-        if self.temperature is not None:
-            body["temperature"] = self.temperature
-
-        def send(client):
-            try:
-                return client.chat.completions.create(**body)
-            except json.JSONDecodeError:  # status 200, but no JSON: to be asked for again
-                return None
-
-        reply = self.request(send)
+        shape = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
+        heat = {} if self.temperature is None else {"temperature": self.temperature}
+        answer, reply = {"text": "", "host": self.host}, None
+        with self.client() as client, contextlib.suppress(json.JSONDecodeError):
+            reply = client.chat.completions.create(
+                model=self.vlm, extra_body=self.request_extra, **heat,
+                messages=[{"role": "system", "content": instructions},
+                          {"role": "user", "content": content}],
+                response_format={"type": "json_schema", "json_schema": shape})
         choice = (getattr(reply, "choices", None) or [None])[0]
         if not getattr(choice, "message", None):
-            return "", {"fault": "the endpoint sent no message"}
-        usage, used = {"model": reply.model}, reply.usage
-        if used:
-            usage["tokens_in"] = used.prompt_tokens or 0
-            # thoughts are billed, but not every endpoint counts them as completion
-            usage["tokens_out"] = max(used.completion_tokens or 0,
-                                      (used.total_tokens or 0) - usage["tokens_in"])
-            text = len(instructions) + sum(len(x.get("text", "")) for x in content)
-            pictures = sum(x["type"] != "text" for x in content)
-            if usage["tokens_in"] < text / 5 + 20 * pictures:  # English: 4 to 5 characters a token
-                log.warning("    only %d tokens for %d characters and %d pictures: does %s drop "
-                            "the media?", usage["tokens_in"], text, pictures, self.host)
+            return answer | {"fault": "the endpoint sent no message"}
         if choice.message.refusal or choice.finish_reason not in ("stop", None):
-            usage["fault"] = choice.message.refusal or f"finish_reason {choice.finish_reason}"
-        text = choice.message.content
-        return text if isinstance(text, str) else "", usage
+            answer["fault"] = choice.message.refusal or f"finish_reason {choice.finish_reason}"
+        if used := reply.usage:  # thoughts are billed, but some do not count them as completion
+            n, pictures = used.prompt_tokens or 0, sum(x["type"] != "text" for x in content)
+            answer["tokens_in"] = n
+            answer["tokens_out"] = max(used.completion_tokens or 0, (used.total_tokens or 0) - n)
+            if n < 20 * pictures + len(instructions) / 5:  # English: 4 to 5 characters a token
+                log.warning("%d tokens for %d pictures: does %s drop them?", n, pictures, self.host)
+        text = said if isinstance(said := choice.message.content, str) else ""
+        return answer | {"model": reply.model, "text": text}
 
     def encode(self, part) -> list[dict]:
-        """A part as content: text, a JPEG, or a clip as sampled frames or as an MP4.
-
-        [D12] Paper: Gemini gets the raw video. Here: sampled frames, as any other VLM; `video` is
-        an option. Because: OpenAI-compatible endpoints do not document how to send one."""
+        """A part as content: text, a JPEG of up to 1024 pixels a side, sampled frames or an MP4."""
         if isinstance(part, str):
             return [{"type": "text", "text": part}]
         if isinstance(part, Clip) and self.video_input == "frames":
             return [piece for i in sample(part, self.verify_fps) for x in (
                 f"Frame at {i / part.fps:.2f} s:", part.frames[i]) for piece in self.encode(x)]
-        kind, mime, data = "image_url", "image/jpeg", part
+        out, kind, mime = io.BytesIO(), "image_url", "image/jpeg"
         if isinstance(part, Clip):  # Google is said to take videos as image_url
-            kind, mime = kind if "googleapis" in self.host else "video_url", "video/mp4"
-        data = encode_video(part) if isinstance(part, Clip) else encode_jpeg(part)
-        url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+            out.write(encode_video(part))
+            kind, mime = "image_url" if "googleapis" in self.host else "video_url", "video/mp4"
+        else:
+            image = Image.fromarray(part)
+            image.thumbnail((1024, 1024))
+            image.save(out, "JPEG", quality=92, subsampling=0)
+        url = f"data:{mime};base64,{base64.b64encode(out.getvalue()).decode()}"
         return [{"type": kind, kind: {"url": url}}]
-
-
-def web_address(url: str) -> str:
-    """The URL, if it is one and holds no secret. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError("must look like http://HOST:PORT/v1")
-    if "@" in parts.netloc or parts.query:
-        raise ValueError("must be without user, password and query: a key is for OPENAI_API_KEY")
-    return url
-
-
-def redact(text: str) -> str:
-    """The text without what the environment says is a secret."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search("KEY|TOKEN|SECRET|PASSW", name.upper()):
-            text = text.replace(value, "***")
-    return text
 
 
 def sample(clip: Clip, per_second: float) -> list[int]:
     """Frame numbers at about that rate, evenly spread, the first and the last among them (A.1)."""
-    last = len(clip.frames) - 1
-    steps = max(1, min(last, round(clip.seconds * per_second)))
-    return [round(i * last / steps) for i in range(steps + 1)]
+    n = len(clip.frames) - 1
+    steps = max(1, min(n, round(clip.seconds * per_second)))
+    return [round(i * n / steps) for i in range(steps + 1)]
 
 
-# ===================================================================================== VGM
-
-
-@settings(config=finite, eq=False)
+@settings(config=strict, eq=False)
 class Wan:
     """Any Wan image-to-video checkpoint of diffusers as `vgm`, two experts or one. At most 832x480
     pixels of area, aspect ratio kept, never upscaled (App. A.1)."""
+    vgm: str = "Video-Reason/VBVR-Wan2.2"  # hub id, diffusers folder, or FILE.py:NAME of your own
+    offload: Literal["auto", "none", "model", "group"] = "auto"  # weights that wait in main memory
+    fps: Annotated[int, Field(ge=1, le=240)] = 16  # frames per second (App. A.1)
+    sampling_steps: Annotated[int, Field(ge=1)] = 20  # denoising steps (App. A.1)
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0  # CFG, of both experts (App. A.1)
 
-    vgm: str = Field(
-        default="Video-Reason/VBVR-Wan2.2",
-        description="hub id, diffusers folder or FILE.py:NAME for a callable of your own (A.1)")
-    offload: Literal["auto", "none", "model", "group"] = Field(
-        default="auto", description="weights that wait in main memory")
-    fps: int = Field(default=16, ge=1, le=240, description="frames per second (App. A.1)")
-    sampling_steps: int = Field(default=20, ge=1, description="denoising steps (App. A.1)")
-    guidance_scale: float = Field(default=5.0, ge=0, description="CFG, of both experts (App. A.1)")
+    identity = property(lambda self: {k: v for k, v in asdict(self).items() if k != "offload"})
 
-    @property
-    def identity(self) -> dict:
-        names = ("vgm", "fps", "sampling_steps", "guidance_scale")
-        return {name: getattr(self, name) for name in names}
-
-    @functools.cached_property
-    def weights(self) -> dict[str, float]:
-        """GB of safetensors in each component, of the folder or on the hub. Raises Problem."""
-        import huggingface_hub as hub
-
-        folder, files = Path(self.vgm), []
-        with contextlib.suppress(OSError, ValueError):  # what was downloaded before
-            if not folder.is_dir():
-                folder = Path(hub.snapshot_download(self.vgm, local_files_only=True))
-        if folder.is_dir():
-            files = [(p.parent.name, p.stat().st_size) for p in folder.glob("*/*.safetensors")]
-        else:
-            try:
-                info = hub.HfApi().model_info(self.vgm, files_metadata=True)
-            except Exception as error:  # noqa: BLE001 - of the HTTP library beneath, too
-                raise Problem(f"{self.vgm} is no folder here and not to be had from the hub "
-                              f"({first_line(error)}); offline there is {OFFLINE}") from None
-            files = [(s.rfilename.split("/")[0], s.size) for s in info.siblings
-                     if re.fullmatch(r"[^/]+/[^/]+\.safetensors", s.rfilename)]
-        if not files:
-            raise Problem(f"{self.vgm} is no diffusers checkpoint with weights in safetensors.")
-        return {name: sum(n for part, n in files if part == name) / 1e9 for name, _ in files}
-
-    def place(self) -> str:
-        """Where the weights go: cpu, none (all on the GPU), model or group offload. Raises Problem
-        if there is no place. It takes 12 GB for the work on one 480p clip, an estimate."""
-        import psutil
-        import torch
-
-        cuda = torch.cuda.is_available()
-        if not cuda and not Path(self.vgm).is_dir():
-            raise Problem(f"{self.vgm} is no folder here, and a checkpoint from the hub needs a "
-                          f"CUDA GPU, of which there is none; there is {OFFLINE}")
-        need, largest = sum(self.weights.values()), max(self.weights.values())
-        ram = psutil.virtual_memory().available / 1e9
-        gpu = torch.cuda.mem_get_info()[0] / 1e9 if cuda else 0.0
-        choice = self.offload if cuda else "cpu"
-        if choice == "auto":
-            choice = "none" if need + 12 < gpu else "model" if largest + 12 < gpu else "group"
-        log.info("weights %.2f GB; free: GPU %.1f GB, memory %.1f GB; offload: %s",
-                 need, gpu, ram, choice)
-        if choice != "none" and need > min(ram, math.inf if cuda else 2):
-            raise Problem(f"{self.vgm} is too large for this machine: {need:.0f} GB of weights; "
-                          f"free are {gpu:.0f} GB of GPU memory and {ram:.0f} GB of memory.")
-        return choice
+    def check(self, seconds: float) -> None:
+        """Loads the checkpoint. Raises Problem if that fails, or for clips of that length."""
+        if seconds * self.fps < 4:
+            raise Problem(f"{seconds:g} s at {self.fps} fps is less than Wan's least, five frames.")
+        _ = self.pipe
 
     @functools.cached_property
     def pipe(self):
-        """The diffusers pipeline, loaded when first needed."""
+        """The diffusers pipeline, loaded when first needed. Raises Problem."""
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses a part Wan needs not
+        import diffusers
         import torch
-        from diffusers import WanImageToVideoPipeline
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
-        choice, watched = self.place(), sys.stderr.isatty()
-        if not watched:  # progress bars are for eyes, not for files
-            diffusers_logging.disable_progress_bar()
-            transformers_logging.disable_progress_bar()
-        dtype = {"default": torch.bfloat16, "vae": torch.float32}
-        try:
-            pipe = WanImageToVideoPipeline.from_pretrained(
-                self.vgm, dtype=dtype, use_safetensors=True)
-            if choice == "model":
-                pipe.enable_model_cpu_offload()
-            elif choice == "group":
-                pipe.enable_group_offload(
-                    torch.device("cuda"), offload_type="leaf_level", use_stream=True)
-            else:
-                pipe.to("cpu" if choice == "cpu" else "cuda")
-        except Exception as error:  # a damaged file, no memory, a class that diffusers lacks
-            raise Problem(f"{self.vgm} cannot be loaded ({first_line(error)}).") from error
-        pipe.set_progress_bar_config(desc="    denoising", leave=False, disable=not watched)
+        import transformers
+        cuda = torch.cuda.is_available()
+        size = sum(x.stat().st_size for x in Path(self.vgm).glob("*/*.safetensors")) / 1e9
+        if not cuda and not 0 < size < 2:
+            raise Problem(f"{self.vgm} needs a CUDA GPU; without, there is examples/maze/run.py.")
+        if not sys.stderr.isatty():  # progress bars are for eyes, not for files
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
+        with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever loaders raise
+            dtype = {"default": torch.bfloat16, "vae": torch.float32}
+            pipe = diffusers.WanImageToVideoPipeline.from_pretrained(
+                self.vgm, use_safetensors=True, dtype=dtype)
+            if cuda:
+                self.place(pipe)
+        pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: for eyes
         return pipe
 
-    @functools.lru_cache(16)  # noqa: B019 - a run has one
-    def embed(self, prompt: str):
-        """The text encoder's output, computed once per prompt."""
-        length = min(512, self.pipe.tokenizer.model_max_length)
-        return self.pipe.encode_prompt(prompt, None, False, max_sequence_length=length)[0]
+    def place(self, pipe) -> None:
+        """Puts the weights where they fit: all on the GPU, or only the part or layer at work."""
+        import torch
+        GB = [sum(x.numel() * x.element_size() for x in part.parameters()) / 1e9
+              for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        free, choice = torch.cuda.mem_get_info()[0] / 1e9 - 12, self.offload  # 12: for the work
+        if choice == "auto":
+            choice = "none" if sum(GB) < free else "model" if max(GB) < free else "group"
+        log.info("weights %.1f GB, room on the GPU %.1f GB: offload %s", sum(GB), free, choice)
+        if choice == "group":
+            gpu = torch.device("cuda")
+            pipe.enable_group_offload(gpu, offload_type="leaf_level", use_stream=True)
+        else:
+            _ = pipe.to("cuda") if choice == "none" else pipe.enable_model_cpu_offload()
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip. Raises ValueError if it is not finite, and whatever diffusers raises.
-
-        [D9] Paper: 96 frames for 6 s, 48 for 3 s. Here: 97 and 49. Because: Wan makes 4k + 1, of
-        which the first is the conditioning frame."""
-        import numpy as np
+        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s, the conditioning frame included. [D8]
+        Raises ValueError if it is not finite, and whatever diffusers raises."""
         import torch
-        from PIL import Image
-
         patch = (self.pipe.transformer or self.pipe.transformer_2).config.patch_size[1]
         size = fit(frame.shape[1], frame.shape[0], self.pipe.vae_scale_factor_spatial * patch)
-        image = Image.fromarray(frame)
-        with torch.no_grad():
-            video = self.pipe(
-                image=image.resize(size, Image.Resampling.LANCZOS),  # a copy if it fits already
-                width=size[0], height=size[1],
-                num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
-                prompt_embeds=self.embed(prompt), negative_prompt_embeds=self.embed(""),
-                num_inference_steps=self.sampling_steps, guidance_scale=self.guidance_scale,
-                generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
+        video = self.pipe(
+            image=Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), prompt=prompt,
+            width=size[0], height=size[1], num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
+            num_inference_steps=self.sampling_steps, guidance_scale=self.guidance_scale,
+            max_sequence_length=min(512, self.pipe.tokenizer.model_max_length),
+            generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
         if not np.isfinite(video).all():
             raise ValueError("the clip holds values that are not finite")
         return Clip((video * 255).round().astype(np.uint8), self.fps)
@@ -989,166 +663,44 @@ def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
     return w, h
 
 
-# ================================================================================= Journal
+def load_generator(name: str, arguments: dict[str, str]):
+    """FILE.py:NAME as `vgm`: a callable as it is, a class built with the arguments. The file's hash
+    is in its identity: an edited generator is another one. Raises Problem."""
+    file, _, attribute = name.rpartition(":")
+    sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
+    with explained(f"--vgm {name} cannot be loaded; it takes FILE.py:NAME", Exception):
+        made = runpy.run_path(file, run_name="vgm")[attribute]
+        vgm = functools.partial(made(**arguments) if isinstance(made, type) else made)
+        code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    vgm.identity = {"name": attribute, "code": code, "arguments": arguments}
+    return vgm
 
 
-class Journal:
-    """Nothing that was paid for is lost: the outcome of each call, under a hash of its request.
-
-    Without a folder it keeps nothing. `prepare` is called before a call that it cannot answer."""
-
-    def __init__(self, folder: Path | None = None, prepare=lambda: None):
-        self.folder, self.prepare = folder, prepare
-        self.seen: Counter[tuple[str, str]] = Counter()
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def key(self, role: str, *request) -> str:
-        """The role and a hash of the request and of how many equal ones came before it."""
-        sha = hashlib.sha256()
-
-        def feed(x):
-            if isinstance(x, Clip):
-                x = [x.frames, x.fps]
-            if isinstance(x, (list, tuple)):
-                sha.update(f"{len(x)} parts".encode())
-                for y in x:
-                    feed(y)
-                return
-            data = x if hasattr(x, "shape") else json.dumps(x, sort_keys=True).encode()
-            sha.update(f"{getattr(x, 'shape', type(x))} {len(data)} ".encode())
-            sha.update(in_a_row(data))
-
-        feed(request)
-        self.seen[role, sha.hexdigest()] += 1
-        feed(self.seen[role, sha.hexdigest()])
-        return f"{role}-{sha.hexdigest()[:20]}"
-
-    def clip_name(self, key: str) -> str | None:
-        return f"{self.folder.name}/{key}.avi" if self.folder else None
-
-    def write(self, key: str, entry: dict, clip: Clip | None = None) -> None:
-        """The clip first, then the entry that vouches for it: alone it counts as missing. Raises
-        OSError."""
-        if not self.folder:
-            return
-        if clip:
-            put(self.folder / f"{key}.avi", encode_video(clip, lossless=True))
-            entry |= {"fps": clip.fps, "sha256": sha256(clip.frames)}
-        body = json.dumps(entry).encode()
-        write_file(self.folder / f"{key}.json", f"{sha256(body)}\n".encode() + body)
-
-    def read(self, key: str) -> tuple[dict, Clip | None] | None:
-        """The entry and its clip. A damaged one counts as missing, with a warning."""
-        path = self.folder and self.folder / f"{key}.json"
-        if not path or not path.exists():
-            return None
-        check, _, body = path.read_bytes().partition(b"\n")
-        if check.decode(errors="replace") != sha256(body):
-            log.warning("    %s is damaged: its call will be made again", path.name)
-            return None
-        entry = json.loads(body)
-        if "sha256" not in entry:
-            return entry, None
-        import av
-        import imageio.v3 as iio
-
-        try:
-            frames = iio.imread(path.with_suffix(".avi"), plugin="pyav")
-        except (OSError, av.FFmpegError):
-            frames = b""
-        if sha256(frames) == entry.pop("sha256"):
-            return entry, Clip(frames, entry["fps"])
-        log.warning("    %s.avi is damaged: it will be generated again", key)
-        return entry, None
-
-
-def sha256(data) -> str:
-    return hashlib.sha256(in_a_row(data)).hexdigest()
-
-
-def in_a_row(data) -> memoryview | bytes:
-    """The bytes of a buffer, copied only if they have gaps."""
-    view = memoryview(data)
-    return view if view.c_contiguous else view.tobytes()
-
-
-# ======================================================================== Pictures and video
-
-
-def load_image(path: str):
-    """A picture as uint8 RGB (H, W, 3): turned as EXIF says, alpha on white, 16 bits to 8.
-
-    Raises Problem if it is missing, no picture, below 16 pixels a side or over 50 million."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            if min(image.size) < 16 or math.prod(image.size) > 50e6:
-                raise Problem(f"{path} has {image.size[0]} x {image.size[1]} pixels; it takes 16 a "
-                              "side at least and 50 million in all at most.")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                wide = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((wide / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Problem(f"{path} cannot be read as a picture ({first_line(error)}).") from None
-
-
-def ssim(a, b) -> float:
-    """Structural similarity (Wang et al. 2004) of two pictures, uint8 RGB, brought to the size of
-    the second: of their grey values, the mean over windows of 8 x 8 pixels."""
-    import numpy as np
-    from PIL import Image
-
-    rows, columns = (max(n // 8, 1) for n in b.shape[:2])
-
-    def windows(image):  # (k, 64)
-        grey = Image.fromarray(image).convert("L").resize((columns * 8, rows * 8))
-        grey = np.asarray(grey, float).reshape(rows, 8, columns, 8)
-        return grey.swapaxes(1, 2).reshape(-1, 64)
-
-    x, y = windows(a), windows(b)
-    mx, my, c1, c2 = x.mean(1), y.mean(1), (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    covariance = (x * y).mean(1) - mx * my
-    alike = (2 * mx * my + c1) * (2 * covariance + c2)
-    return float((alike / ((mx**2 + my**2 + c1) * (x.var(1) + y.var(1) + c2))).mean())
-
-
-def encode_jpeg(frame) -> bytes:
-    """A picture as the VLM gets it: JPEG, at most 1024 pixels a side."""
-    from PIL import Image
-
-    image, out = Image.fromarray(frame), io.BytesIO()
-    image.thumbnail((1024, 1024))
-    image.save(out, "JPEG", quality=92, subsampling=0)
-    return out.getvalue()
+# ====================================================================== Pictures, video, files
+def load_image(path: str | Path) -> np.ndarray:
+    """A picture as uint8 RGB (H, W, 3), turned as EXIF says, alpha on white. Raises Problem."""
+    with explained(f"{path} cannot be read as a picture", Exception), Image.open(path) as image:
+        if min(image.size) < 16 or math.prod(image.size) > 50e6:
+            raise Problem(f"{path} has {image.size} pixels: 16 a side is least, 50 million most.")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 in MP4 that plays anywhere (sides made even), or bit for bit in AVI: FFV1, and below
-    8 MB raw, where a codec would take more time than disk."""
-    import av
-    import numpy as np
-
-    container, codec, pixels = "mp4", "libx264", "yuv420p"
-    options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: not the same bits every time
+    """H.264 in MP4 that plays anywhere, the same bytes every time; or FFV1 in Matroska, exact.
+    MP4 halves the resolution of colour, so a side below 256 is enlarged by a whole factor."""
     frames, out = clip.frames, io.BytesIO()
-    if lossless:
-        small = frames.nbytes < 2**23
-        container, options = "avi", {}
-        codec, pixels = ("rawvideo", "bgr24") if small else ("ffv1", "bgr0")
-    else:
-        odd = [(0, n % 2) for n in frames.shape[1:3]]
-        frames = np.pad(frames, [(0, 0), *odd, (0, 0)], "edge")
-    with av.open(out, "w", container) as file:
-        rate = Fraction(clip.fps).limit_denominator(1001)
-        stream = file.add_stream(codec, rate, options)
+    kind, codec, pixels, options = "matroska", "ffv1", "bgr0", {}
+    if not lossless:
+        kind, codec, pixels = "mp4", "libx264", "yuv420p"
+        options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: other bytes now and then
+        side = min(frames.shape[1:3])
+        factor = 1 if side >= 256 else 2 * -(-128 // side)  # even: colours of 2x2 pixels stay apart
+        frames = frames.repeat(factor, 1).repeat(factor, 2)
+        frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
+    with av.open(out, "w", kind) as file:
+        stream = file.add_stream(codec, Fraction(clip.fps).limit_denominator(1001), options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
@@ -1156,215 +708,141 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     return out.getvalue()
 
 
+def read_clip(folder: Path, line: dict) -> Clip | None:
+    """The clip that a line of calls.jsonl vouches for; None if it is missing or not whole."""
+    import imageio.v3 as iio
+    with contextlib.suppress(OSError, av.FFmpegError):
+        clip = Clip(iio.imread(folder / line["clip"], plugin="pyav"), line["size"][2])
+        return clip if clip.seconds == line["seconds"] else None
+
+
 def write_file(path: Path, data: bytes) -> None:
     """All of it or nothing, also if the power goes. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
-    put(temporary, data)
-    temporary.replace(path)
-    if os.name == "posix":  # the rename too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def put(path: Path, data: bytes) -> None:
-    """The data on the disk, not only in its cache. Raises OSError."""
-    with open(path, "wb") as file:
+    with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(path)
 
 
-# ============================================================================ Command line
-
-OFFLINE = "the offline example: python examples/maze/run.py"
-PARTS = (Config, OpenAIVLM, Wan)
-
-
-def parse(argv) -> argparse.Namespace:
-    """The options of main, and one for every field of Config, OpenAIVLM and Wan."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise Problem(f"{message[:1].upper()}{message[1:]}; --help lists the options.")
-
-    parser = Parser("collabvr.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--image", required=True, help="the input image I0")
-    parser.add_argument("--task", required=True, help="the task prompt q")
-    parser.add_argument("--out", type=Path, help="run folder, which resumes (runs/IMAGE-HASH)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, generate nothing")
-    parser.add_argument("--vgm-arg", action="append", default=[], metavar="NAME=VALUE",
-                        help="what the class in --vgm FILE.py:NAME is built with")
-    for name, f in (item for part in PARTS for item in options(part).items()):
-        values = "|".join(get_args(f.annotation)) if get_origin(f.annotation) is Literal else "X"
-        default = "" if f.default_factory else f" [{'none' if f.default is None else f.default}]"
-        parser.add_argument(flag(name), dest=name, metavar=values, help=f.description + default)
-    return parser.parse_args(argv)
+def save(outcome: Result, models: Models, **facts) -> Path:
+    """Writes trace.json and video.mp4 into the folder of `models`; returns the latter's path."""
+    trace = {"status": outcome.status, "unverified_steps": outcome.unverified_steps, **facts,
+             "cost": models.cost(), "calls": models.calls}
+    write_file(models.folder / "trace.json", json.dumps(trace, indent=2).encode())
+    write_file(models.folder / "video.mp4", encode_video(outcome.video))
+    return models.folder / "video.mp4"
 
 
-def options(part: Any) -> dict:
-    """The fields of Config, OpenAIVLM or Wan by name."""
-    return part.__pydantic_fields__
-
-
-def flag(name: str) -> str:
-    return "--attempts" if name == "M" else "--" + name.replace("_", "-").lower()
-
-
-def build(part, typed: dict):
-    """Config, OpenAIVLM or Wan from what was typed or came with the checkpoint. Raises Problem."""
-    mine = {k: None if v == "none" and k != "offload" else v for k, v in typed.items()
-            if k in options(part)}
+@contextlib.contextmanager
+def explained(what: str, *errors: type[Exception]):
+    """Turns a library's errors into one sentence; a Problem goes through as it is."""
     try:
-        return part(**mine)
-    except ValidationError as error:
-        e = error.errors()[0]
-        said = "" if e["loc"] == ("vlm_url",) else f" {e['input']}"  # it may hold a password
-        raise Problem(f"{flag(str(e['loc'][0]))}{said}: {e['msg']}.") from None
+        yield
+    except errors as error:
+        raise error if isinstance(error, Problem) else Problem(f"{what} ({first_line(error)}).")
 
 
-def carried(path: Path) -> dict:
-    """The options that a checkpoint folder brings along. Raises Problem."""
-    if not path.is_file():
-        return {}
-    try:
-        brought = json.loads(path.read_text())
-        if unknown := set(brought) - {name for part in PARTS for name in options(part)}:
-            raise ValueError(f"no such option: {', '.join(map(str, unknown))}")
-        return dict(brought)
-    except (ValueError, TypeError) as error:
-        raise Problem(f"{path} holds no options ({first_line(error)}).") from None
+def first_line(error: Exception) -> str:
+    """An error in one short line; of pydantic's the first one, of an endpoint its whole body."""
+    text = str(error).strip() or type(error).__name__
+    if hasattr(error, "errors"):
+        text = ": ".join([*map(str, error.errors()[0]["loc"]), error.errors()[0]["msg"]])
+    if code := getattr(error, "status_code", 0):  # str() hides Google's bodies, which are lists
+        text = f"{code}{': a base URL usually ends in /v1' * (code == 404)}; {error.body}"
+    return clean(text).splitlines()[0][:400]
 
 
-def load_callable(name: str, arguments: list[str]):
-    """A generator from FILE.py:NAME: a class is built with the arguments. Raises Problem."""
-    file, _, attribute = name.rpartition(":")
-    sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
-    try:
-        spec = importlib.util.spec_from_file_location(f"vgm_{Path(file).stem}", file)
-        assert spec and spec.loader  # as for any .py
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        made = getattr(module, attribute)
-        if isinstance(made, type):
-            made = made(**dict(a.split("=", 1) for a in arguments))
-        with contextlib.suppress(AttributeError):  # slots
-            vars(made).setdefault("identity", {"vgm": name, "vgm_arg": arguments})
-        return made
-    except Exception as error:  # it is the user's code, whatever it raises
-        raise Problem(f"--vgm {name} cannot be loaded ({first_line(error)}).") from error
+def clean(text: str) -> str:
+    """The text without what the environment calls a secret, and without what steers a terminal."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and SECRET.search(name):
+            text = text.replace(value, "***")
+    return "".join(x if x.isprintable() or x == "\n" else "\N{REPLACEMENT CHARACTER}" for x in text)
 
 
-def claim(out: Path, identity: dict):
-    """Takes the run folder's lock. Raises Problem if it is in use or another run's."""
-    import filelock
+# ============================================================================== Command line
+@dataclass
+class Command:
+    image: str  # the input image I0
+    task: str  # the task prompt q
+    config: Config
+    vlm: OpenAIVLM
+    vgm: Wan
+    out: Path | None = None  # run folder, which resumes (default: runs/IMAGE-HASH)
+    seed: int = 0  # seed of the first clip; later ones count up
+    vgm_arg: list[str] = field(default_factory=list)  # NAME=VALUE for the class in FILE.py:NAME
+    dry_run: bool = False  # check everything, load the weights, generate nothing
 
-    (out / "journal").mkdir(parents=True, exist_ok=True)
-    path, mine = out / "journal" / "run.json", json.dumps(identity).encode()
-    if path.exists() and path.read_bytes() != mine:
-        raise Problem(f"{out} belongs to a run with another image or task: choose another --out.")
-    lock = filelock.FileLock(out / "journal" / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise Problem(f"Another process is at work in {out}: choose another --out.") from None
-    write_file(path, mine)
-    return lock
+    def run(self, running: list[Models]) -> None:
+        """Checks, runs, saves, tells. `running` gets the models as soon as they may be called."""
+        config, vlm, vgm, q = self.config, self.vlm, self.vgm, self.task.strip()
+        if not q or q != q.encode(errors="replace").decode():
+            raise Problem("The task is empty or no text: say what the video should show.")
+        I0, given = load_image(self.image), dict(x.partition("=")[::2] for x in self.vgm_arg)
+        shown = {k: "***" if SECRET.search(k) else v for k, v in given.items()}
+        chosen = asdict(config) | asdict(vlm) | asdict(vgm) | {"seed": self.seed, "vgm_arg": shown}
+        if re.search(r"\.py(:|$)", vgm.vgm):
+            vgm = load_generator(vgm.vgm, given)
+        stem = re.sub(r"[^-\w]", "_", Path(self.image).stem)[:60]
+        out = self.out or Path("runs", f"{stem}-{digest(I0, q, chosen)[:8]}")
+        if self.dry_run or not any(x.stat().st_size for x in out.glob("calls.jsonl")):
+            vlm.check()
+            shortest = min(config.seconds_first, config.seconds_next)
+            getattr(getattr(vgm, "func", vgm), "check", bool)(shortest)  # loads weights, if any
+            log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video, %d "
+                     "VLM calls, and what fails.", vlm.host, *config.worst_case())
+        if self.dry_run:
+            return print(json.dumps(chosen, indent=2), "Nothing was generated.", sep="\n")
+        models, start = Models(vgm, vlm, out, self.seed), out / "start.json"
+        facts = {"input": digest(I0, q), "image": self.image, "task": q, "settings": chosen}
+        if start.exists() and json.loads(start.read_bytes())["input"] != facts["input"]:
+            raise Problem(f"{out} is a run with another image or task: choose another --out.")
+        write_file(start, json.dumps(facts).encode())
+        Image.fromarray(I0).save(out / "input.png")
+        running.append(models)
+        result = CollabVR(models, config).run(I0, q)
+        video = save(result, models, **facts)
+        told = {"status": result.status, "unverified_steps": result.unverified_steps,
+                **models.cost(), "video": clean(str(video))}
+        print(*(f"{name:17} {value}" for name, value in told.items()), sep="\n")
 
 
-def printable(text: str) -> str:
-    """The text without what could steer a terminal: models and files wrote some of it."""
-    return "".join(x if x.isprintable() else "\N{REPLACEMENT CHARACTER}" for x in text)
-
-
-class Plain(logging.Formatter):
-    def format(self, record):
-        return printable(super().format(record))
+def parse(argv) -> Command:
+    """What was typed. Raises Problem, in the words of tyro's box, and SystemExit after --help."""
+    import tyro
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        return tyro.cli(Command, args=argv, prog="collabvr.py", description=__doc__.splitlines()[0],
+                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff,
+                                tyro.conf.UseAppendAction))
+    if not said.getvalue():
+        raise SystemExit(0)
+    lines = [x for line in said.getvalue().splitlines() if (x := line.strip(" │"))]
+    lines = lines[1 + lines[1].startswith("---"):]  # without its title, and up to its first rule
+    text = " ".join(itertools.takewhile(lambda x: set(x) - set("─-╰╯"), lines))
+    text = re.sub(r"\d+ validation errors? for \w+ | \[type=.*", "", text)
+    raise Problem(f"{text}; --help lists the options.")
 
 
 def main(argv=None) -> int:
-    """The command line. Returns 0: a video was made; 2: something was wrong before any model was
-    called; 1: something failed later; 130: interrupted."""
-    screen = logging.StreamHandler()
-    screen.setFormatter(Plain("%(message)s"))
-    logging.basicConfig(handlers=[screen])
+    """Returns 0: a video was made; 2: bad input, no model was called; 1: a fault; 130: Ctrl-C."""
+    logging.basicConfig(handlers=[screen := logging.StreamHandler()])
+    screen.format = lambda record: clean(logging.Formatter().format(record))
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    run = lock = None
-    out: Path | None = None
-    called: list[bool] = []
+    running: list[Models] = []
     try:
-        args = parse(argv)
-        typed = {k: v for part in PARTS for k in options(part)
-                 if (v := getattr(args, k)) is not None}
-        I0, q = load_image(args.image), args.task.strip()
-        if not q.encode(errors="ignore").strip() or q != q.encode(errors="replace").decode():
-            raise Problem("The task is empty or no text: say what the video should show.")
-        name = typed.get("vgm", options(Wan)["vgm"].default)
-        typed = carried(Path(name, "collabvr.json")) | typed
-        config, vlm = build(Config, typed), build(OpenAIVLM, typed)
-        vgm = load_callable(name, args.vgm_arg) if ".py:" in name else build(Wan, typed)
-        pixels = sha256(repr(I0.shape).encode() + I0.tobytes())
-        stem = re.sub(r"[^-\w]", "_", Path(args.image).stem)[:60]
-        out = args.out or Path("runs", f"{stem}-{sha256((pixels + q).encode())[:8]}")
-        chosen = asdict(config) | vlm.identity | {"vlm_host": vlm.host}
-        chosen |= getattr(vgm, "identity", {})
-        chosen |= {"vgm": name, "vgm_arg": [a.split("=")[0] for a in args.vgm_arg]}  # no secrets
-
-        @functools.cache
-        def prepare():  # before the first call that the journal cannot answer
-            clips, seconds = config.worst_case()
-            vlm.check()
-            if isinstance(vgm, Wan):  # loaded now: a checkpoint that fails should cost no VLM call
-                if vgm.fps * min(config.seconds_first, config.seconds_next) < 4:
-                    raise Problem("A clip of Wan has five frames at least: raise --seconds-first, "
-                                  "--seconds-next or --fps.")
-                _ = vgm.place() if args.dry_run else vgm.pipe
-            disk = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
-            area = min(I0.shape[0] * I0.shape[1], 832 * 480)
-            need = seconds * getattr(vgm, "fps", 24) * area * 3  # bytes before compression
-            if shutil.disk_usage(disk).free < need:
-                raise Problem(f"{disk} lacks the {need / 1e9:.1f} GB that the clips may take.")
-            log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video.",
-                     vlm.host, clips, seconds)
-            called.append(not args.dry_run)
-
-        if args.dry_run:
-            prepare()
-            print(json.dumps(chosen, indent=2))
-            print("All checks passed; nothing was generated.")
-            return 0
-        lock = claim(out, {"image": pixels, "task": q})
-        run = CollabVR(vgm, vlm, config, Journal(out / "journal", prepare))
-        result = run.run(I0, q)
-        write_file(out / "video.mp4", encode_video(result.video))
-        trace = {"status": result.status, "unverified_steps": result.unverified_steps,
-                 "image": args.image, "task": q, "config": chosen, "steps": result.steps,
-                 "cost": asdict(result.cost), "models": result.models}
-        text = json.dumps(trace, indent=2, ensure_ascii=False)
-        write_file(out / "trace.json", text.encode(errors="backslashreplace"))  # odd file names
-        (out / "partial.mp4").unlink(missing_ok=True)
-        doubt = f", not verified: {result.unverified_steps}" * bool(result.unverified_steps)
-        video = printable(str(out / "video.mp4"))
-        print(f"status     {result.status}{doubt}\n{result.cost}\nvideo      {video}")
+        parse(argv).run(running)
         return 0
     except KeyboardInterrupt:
         status, said = 130, "Interrupted."
-    except (Problem, json.JSONDecodeError) as error:
-        status, said = 1 if any(called) else 2, str(error)
-    except OSError as error:
-        status = 1 if any(called) else 2
-        said = f"{error.strerror or error}: {error.filename or out}."
-    finally:
-        if lock:
-            lock.release()
-    print(f"collabvr: {printable(' '.join(said.split()))}", file=sys.stderr)
-    if run and out and status != 2:
-        if run.H:
-            with contextlib.suppress(OSError):  # a full disk may be what ended the run
-                write_file(out / "partial.mp4", encode_video(concat(run.H)))
-                print(f"What was accepted so far is in {out / 'partial.mp4'}.", file=sys.stderr)
-        print("Nothing paid for is lost: the same command goes on from here.", file=sys.stderr)
+    except (Problem, OSError) as error:
+        status, said = 1 if running else 2, " ".join(str(error).split())
+    if running and running[0].lines:
+        said += " What was paid for is kept: the same command goes on from here."
+    print(f"collabvr: {clean(said)}", file=sys.stderr)
     return status
 
 

@@ -1,72 +1,37 @@
-"""What the paper compares CollabVR with (Sec. 4, Fig. 4, App. A.1), over the same two callables.
+"""What the paper compares CollabVR with (Sec. 4, Fig. 4, App. A.1), and its two modules alone
+(Table 3): each is a class that, like CollabVR, is made of models and settings and has a `run`.
 
-Each method is a function of (run, I0, q), where `run` is a `collabvr.CollabVR`: that brings the
-counting, the journal and the asking again. All of them return a `Result`; every clip counts, and a
-result says `unverified`, because none of these methods checks what it returns. examples/maze/
-compare.py runs them all.
+    result = METHODS["pass4"](Models(vgm, vlm), Config()).run(I0, q)
 
-    run = CollabVR(vgm, vlm, Config())
-    result = METHODS["pass4"](run, I0, q)
+Counting, the journal and the asking again come with `Models`, and every clip counts. The status is
+"unverified" for the methods that check nothing. examples/maze/compare.py runs them all.
 """
 from __future__ import annotations
 
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from collabvr import Clip, CollabVR, Reply, Result, concat
+from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result
 
 
-def begin(run: CollabVR, role: str | None, instruction: str) -> float:
-    """A fresh state with one step in it, and the VLM's role; returns the clips' length (s)."""
-    run.begin()
-    for table in (run.cost.vlm_calls, run.cost.tokens_in, run.cost.tokens_out,
-                  run.cost.vlm_wall_seconds):
-        table.clear()
-        table.update({role: 0} if role else {})
-    step(run, 1, instruction)
-    return run.config.seconds_first
+class Single(CollabVR):
+    """Single inference: one clip of step-1 length with seed 1, the task as its prompt; no VLM."""
+
+    def run(self, I0, q: str) -> Result:
+        clip = self.models.generate(I0, q, self.config.seconds_first, seed=1)
+        return Result(clip, "unverified", [1])
 
 
-def step(run: CollabVR, t: int, instruction: str) -> None:
-    """What is generated from now on belongs to step t."""
-    run.steps.append({"t": t, "instruction": instruction, "attempts": [], "route": None})
+class Pass4(CollabVR):
+    """Pass@k: k clips with the seeds 1..k; one call sees all of them and picks. Its reply is in the
+    trace, the candidates being numbered as the clips are."""
 
-
-def end(run: CollabVR, clips: list[Clip]) -> Result:
-    return Result(concat(clips), "unverified", [s["t"] for s in run.steps], run.cost, run.steps,
-                  run.models)
-
-
-# ---------------------------------------------------------------------------- Single inference
-
-
-def single(run: CollabVR, I0, q: str) -> Result:
-    """One clip of step-1 length with the task as its prompt; no VLM."""
-    seconds = begin(run, None, q)
-    return end(run, [run.generate(I0, q, seconds)])
-
-
-# -------------------------------------------------------------------------------------- Pass@k
-
-
-class Pick(Reply):
-    """The picker's reply. Context: k, the number of candidates."""
-
-    reason: str
-    best: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _exists(self, info: ValidationInfo):
-        if self.best > info.context["k"]:
-            raise ValueError(f"best must be from 1 to {info.context['k']}")
-        return self
-
-
-PICKER = """\
+    k = 4
+    PICKER = """\
 You choose between videos that an image-to-video generator made for one and the same task. You get
 the task prompt, the input image and all candidates, numbered from 1.
 
@@ -77,29 +42,28 @@ the task prompt, the input image and all candidates, numbered from 1.
 Reply with one JSON object with the fields reason, best (the number of the candidate).
 """
 
+    def run(self, I0, q: str) -> Result:
+        class Pick(Reply):
+            reason: str
+            best: int = Field(ge=1, le=self.k)
 
-def pass_at_k(run: CollabVR, I0, q: str, k: int) -> Result:
-    """k clips with the seeds 1..k; one call sees all of them and picks."""
-    seconds = begin(run, "picker", q)
-    clips = [run.generate(I0, q, seconds, seed) for seed in range(1, k + 1)]
-    parts = [x for i, clip in enumerate(clips, 1) for x in (f"Candidate {i}:", clip)]
-    pick = run.ask("picker", PICKER, [f"Task prompt: {q}", "Input image:", I0, *parts], Pick, k=k)
-    made = [a for a in run.steps[-1]["attempts"] if a["status"] == "unverified"]
-    made[pick.best - 1] |= {"reason": pick.reason, "picked": True}
-    return end(run, [clips[pick.best - 1]])
-
-
-# ------------------------------------------------------------------------------------ VideoTPO
+        clips = [self.models.generate(I0, q, self.config.seconds_first, seed=seed)
+                 for seed in range(1, self.k + 1)]
+        pick = self.models.ask("picker", self.PICKER, [
+            f"Task prompt: {q}", "Input image:", I0,
+            *(part for i, clip in enumerate(clips, 1) for part in (f"Candidate {i}:", clip))], Pick)
+        return Result(clips[pick.best - 1], "unverified", [1])
 
 
-class Critique(Reply):
-    """The critic's reply."""
-
-    critiques: list[str] = Field(min_length=1)
-    prompt: str = Field(min_length=1)
+class Pass2(Pass4):
+    k = 2
 
 
-CRITIC = """\
+class VideoTPO(CollabVR):
+    """Test-time prompt optimisation: two rounds of two clips (seeds 1, 2) and a rewritten prompt
+    each, then one clip with seed 1. Five clips; nothing is selected."""
+
+    CRITIC = """\
 You improve the prompt of an image-to-video generator by looking at what it made of it. You get the
 task prompt, the input image, the current prompt and the videos that were made with it, whole.
 
@@ -110,41 +74,25 @@ task prompt, the input image, the current prompt and the videos that were made w
 Reply with one JSON object with the fields critiques, prompt.
 """
 
+    class Critique(Reply):
+        critiques: list[str] = Field(min_length=1)
+        prompt: str = Field(min_length=1)
 
-def video_tpo(run: CollabVR, I0, q: str, rounds: int = 2, seeds: int = 2) -> Result:
-    """Test-time prompt optimisation: two rounds of two clips (seeds 1, 2) and a rewritten prompt
-    each, then one clip with seed 1. Five clips; nothing is selected."""
-    seconds, prompt = begin(run, "critic", q), q
-    for _ in range(rounds):
-        clips = [run.generate(I0, prompt, seconds, seed) for seed in range(1, seeds + 1)]
-        parts = [x for i, clip in enumerate(clips, 1) for x in (f"Candidate {i}:", clip)]
-        parts = [f"Task prompt: {q}", "Input image:", I0, f"Current prompt: {prompt}", *parts]
-        prompt = run.ask("critic", CRITIC, parts, Critique).prompt
-    return end(run, [run.generate(I0, prompt, seconds, 1)])
-
-
-# -------------------------------------------------------------------------------- Pre-planning
+    def run(self, I0, q: str) -> Result:
+        prompt, seconds = q, self.config.seconds_first
+        for _ in range(2):
+            one, two = (self.models.generate(I0, prompt, seconds, seed=seed) for seed in (1, 2))
+            prompt = self.models.ask("critic", self.CRITIC, [
+                f"Task prompt: {q}", "Input image:", I0, f"Current prompt: {prompt}",
+                "Candidate 1:", one, "Candidate 2:", two], self.Critique).prompt
+        return Result(self.models.generate(I0, prompt, seconds, seed=1), "unverified", [1])
 
 
-class Milestone(Reply):
-    instruction: str = Field(min_length=1)
-    target_state: str
+class Preplan(CollabVR):
+    """Pre-planning: all milestones first, at most N_max; then one clip each, from the last frame of
+    the one before (Fig. 4)."""
 
-
-class Milestones(Reply):
-    """The pre-planner's reply. Context: N, how many there may be."""
-
-    observation: str
-    milestones: list[Milestone] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _fits(self, info: ValidationInfo):
-        if len(self.milestones) > info.context["N"]:
-            raise ValueError(f"{info.context['N']} milestones at most")
-        return self
-
-
-PREPLANNER = """\
+    PREPLANNER = """\
 You plan for an image-to-video generator that works on a visual task in short clips. Every clip
 starts from the last frame of the one before. You get the task prompt and the input image, and you
 plan all clips now: nobody will look at what is generated before the end.
@@ -158,20 +106,46 @@ Reply with one JSON object with the fields observation, milestones (a list of ob
 fields instruction, target_state).
 """
 
+    class Milestone(Reply):
+        instruction: str = Field(min_length=1)
+        target_state: str
 
-def preplan(run: CollabVR, I0, q: str) -> Result:
-    """All milestones first, at most N_max; then one clip each, from the last frame of the one
-    before (Fig. 4)."""
-    seconds, N = begin(run, "planner", q), run.config.N_max
-    parts = [f"Task prompt: {q}", "Input image:", I0, f"Clips: at most {N}"]
-    plan = run.ask("planner", PREPLANNER, parts, Milestones, N=N)
-    H, f, run.steps[:] = [], I0, []
-    for t, milestone in enumerate(plan.milestones, 1):
-        step(run, t, milestone.instruction)
-        H.append(run.generate(f, milestone.instruction, seconds))
-        f, seconds = H[-1].frames[-1], run.config.seconds_next
-    return end(run, H)
+    def run(self, I0, q: str) -> Result:
+        class Milestones(Reply):
+            observation: str
+            milestones: list[Preplan.Milestone] = Field(min_length=1, max_length=self.config.N_max)
+
+        plan = self.models.ask("planner", self.PREPLANNER, [
+            f"Task prompt: {q}", "Input image:", I0, f"Clips: at most {self.config.N_max}"],
+            Milestones)
+        H, f = History(), I0
+        for t, milestone in enumerate(plan.milestones, 1):
+            H.join(Attempt(t, milestone.instruction, self.g(f, milestone.instruction, t)))
+            f = H.joined[-1].c_t.frames[-1]
+        return H.result("unverified")
 
 
-METHODS = {"single": single, "pass2": partial(pass_at_k, k=2), "pass4": partial(pass_at_k, k=4),
-           "videotpo": video_tpo, "preplan": preplan}
+class M1(CollabVR):
+    """Progressive planning alone: every clip joins H unverified, and only the next planner call,
+    which sees it, says whether the task is complete."""
+
+    def verify(self, *_):
+        return "accept", None
+
+    def is_complete(self, p, d) -> bool:
+        return False
+
+
+class M2(CollabVR):
+    """Verification and evolution alone: one step, whose action is q. So no router can split it."""
+
+    def __init__(self, models: Models, config: Config | None = None):
+        super().__init__(models, replace(config or Config(), N_max=1))
+
+    def plan(self, I0, q: str, H: History, t: int):
+        return q, self.Plan(observation="", remaining_goal=q, task_complete=False,
+                            instruction=q, target_state="", estimated_steps_remaining=1)
+
+
+METHODS = {"single": Single, "pass2": Pass2, "pass4": Pass4, "videotpo": VideoTPO,
+           "preplan": Preplan, "m1": M1, "m2": M2, "collabvr": CollabVR}

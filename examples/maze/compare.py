@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -30,21 +31,21 @@ import numpy as np
 import vlm
 import world
 from PIL import Image, ImageColor, ImageDraw
+from run import CONFIG, VLM, WAN
 from tqdm import tqdm
 
 import collabvr
 
-LOOPS = {  # what differs from the defaults of collabvr.Config
-    "m1": {"modules": "m1"}, "m2": {"modules": "m2"}, "collabvr": {},
-    "best": {"on_exhausted": "best"},  # M1+M2 without router
-    "replan": {"on_exhausted": "replan"}, "partial": {"partial": 0.3},
-    **{f"steps{k}": {"N_max": k} for k in range(1, 6)},
-    **{f"attempts{k}": {"M": k, "modules": "m2"} for k in range(1, 6)},  # as in Fig. 13
-}
 SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
     "gemini": vlm.Errors(0.848, 0.656, 0.680, 1), "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
     "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3)}
-METHODS = [*baselines.METHODS, *LOOPS, *SUPERVISORS]
+METHODS = {  # name: (class, what differs from the defaults of collabvr.Config)
+    **{name: (method, {}) for name, method in baselines.METHODS.items()},
+    "best": (collabvr.CollabVR, {"on_exhausted": "best"}),  # M1+M2 without router
+    "replan": (collabvr.CollabVR, {"on_exhausted": "replan"}),
+    **{f"steps{k}": (collabvr.CollabVR, {"N_max": k}) for k in range(1, 6)},
+    **{f"attempts{k}": (baselines.M2, {"M": k}) for k in range(1, 6)},  # as in Fig. 13
+    **{name: (collabvr.CollabVR, {}) for name in SUPERVISORS}}
 HEADLINE = "single,pass2,pass4,videotpo,preplan,m1,m2,collabvr,best,replan"
 NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
 
@@ -108,11 +109,10 @@ def start(vgm: str) -> None:
     """Once a process: one thread, the generator and an endpoint for each supervisor."""
     import torch
 
-    global WAN, DEFAULTS, URLS
+    global GENERATOR, URLS
     torch.set_num_threads(1)
     logging.getLogger("collabvr").setLevel(logging.ERROR)
-    DEFAULTS = json.loads(Path(vgm, "collabvr.json").read_text()) | {"vgm": vgm}
-    WAN, URLS = collabvr.build(collabvr.Wan, DEFAULTS), {}
+    GENERATOR, URLS = collabvr.Wan(**WAN | {"vgm": vgm}), {}
     for name, errors in {"": vlm.Errors(), **SUPERVISORS}.items():
         server = vlm.serve(errors=errors)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -121,7 +121,8 @@ def start(vgm: str) -> None:
 
 def sample(method: str, segments: int, i: int, seed: int) -> dict:
     """One method on one maze, as a flat row."""
-    settings = DEFAULTS | LOOPS.get(method, {}) | {"seed": 1000 * i}
+    kind, changes = METHODS[method]
+    settings = CONFIG | changes
     if segments == "foreign":
         maze, picture = foreign(i, seed)
         way = world.segments(world.shortest_path(maze.open, maze.start, maze.goal))
@@ -129,23 +130,21 @@ def sample(method: str, segments: int, i: int, seed: int) -> dict:
     else:
         maze = held_out(segments, i, seed)
         picture = world.draw(maze)
-    model = collabvr.build(collabvr.OpenAIVLM, DEFAULTS | {
-        "vlm": vlm.MODEL, "vlm_url": URLS.get(method) or URLS[""]})
-    run = collabvr.CollabVR(WAN, model, collabvr.build(collabvr.Config, settings))
-    solve = baselines.METHODS.get(method, collabvr.CollabVR.run)
-    result = solve(run, picture, world.task(maze))
-    s, cost = world.score(result.video.frames, maze), result.cost
+    reader = collabvr.OpenAIVLM(**VLM, vlm_url=URLS.get(method, URLS[""]))
+    models = collabvr.Models(GENERATOR, reader, seed=1000 * i)
+    result = kind(models, collabvr.Config(**settings)).run(picture, world.task(maze))
+    s, cost = world.score(result.video.frames, maze), models.cost()
     fine = s.one_circle and not s.left_corridors and not s.jumped
     return {"method": method, "segments": segments, "i": i, "seed": seed, "status": result.status,
-            "solved": float(s.solved), "score": s.progress * fine, "vgm_seconds": cost.vgm_seconds,
-            "clips": cost.clips, "vlm_calls": sum(cost.vlm_calls.values()), "steps": cost.steps,
-            "regenerations": cost.regenerations}
+            "solved": float(s.solved), "score": s.progress * fine,
+            "vlm_calls": sum(n for role, n in cost["calls"].items() if role != "vgm"),
+            **{k: cost[k] for k in ("vgm_seconds", "clips", "steps", "regenerations")}}
 
 
 def collect(args) -> list[dict]:
     """All rows that are asked for, old ones from the file, new ones on both cores."""
     weights = sorted(args.vgm.glob("*/*.safetensors"))
-    vgm = collabvr.sha256(b"".join(p.read_bytes() for p in weights))[:12]
+    vgm = hashlib.sha256(b"".join(p.read_bytes() for p in weights)).hexdigest()[:12]
     path, rows = args.out / "runs.jsonl", []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text().splitlines():
@@ -284,7 +283,7 @@ def figures(table: list[dict], args) -> None:
         figure.savefig(args.out / f"{stem}.png", dpi=120)
         plt.close(figure)
 
-    points([*baselines.METHODS, "m1", "m2", "collabvr"], "Score and cost", "score-cost.png")
+    points(baselines.METHODS, "Score and cost", "score-cost.png")
     sweep("attempts", "attempts M, M2 alone")
     sweep("steps", "planning steps N_max")
     points(["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors", "supervisors.png")
@@ -311,8 +310,8 @@ def main(argv=None) -> int:
     for name, least in ("mazes", 1), ("workers", 1), ("seed", 0):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}")
-    if not (args.vgm / "collabvr.json").is_file():
-        parser.error(f"{args.vgm} is no checkpoint with a collabvr.json")
+    if not (args.vgm / "model_index.json").is_file():
+        parser.error(f"{args.vgm} is no diffusers folder")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = collect(args)
     table = summaries(rows, args)

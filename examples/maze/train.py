@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-NUM_FRAMES, FPS = 17, 8
+NUM_FRAMES = 17  # 2 s at 8 fps
 # cells a side, whole clips in a batch of the VAE: about equal pixels
 BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]
 KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
@@ -474,14 +473,10 @@ def evaluate(pipe, args, clips: int) -> dict:
 
 
 def save(pipe, args) -> None:
-    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32), with the clip
-    defaults of this checkpoint."""
+    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32)."""
     for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
         part.to(torch.bfloat16)
     pipe.save_pretrained(args.out, safe_serialization=True)
-    defaults = {"fps": FPS, "seconds_first": 2.0, "seconds_next": 2.0, "verify_fps": float(FPS),
-                "sampling_steps": args.sampling_steps, "guidance_scale": 1.0}
-    (args.out / "collabvr.json").write_text(json.dumps(defaults, indent=2) + "\n")
 
 
 def main():

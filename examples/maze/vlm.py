@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import math
@@ -120,7 +121,7 @@ def planner(request: Request) -> dict:
     """One straight segment a step, a shorter one after a rejection if steps are left for it; on
     the last allowed step all that remains."""
     scene = Scene(request)
-    last = request.under("Last frame")
+    last = request.under("Last frame of step")
     now = scene.cell((scene.find(last[-1]).circle if last else None) or scene.start)
     step, cap = map(int, re.findall(r"\d+", request.value("Step"))[:2])
     goal = scene.first.goal
@@ -130,8 +131,10 @@ def planner(request: Request) -> dict:
         "remaining_goal": ", then ".join(f"{k} {direction}" for direction, k in left) or "nothing",
         "task_complete": not left, "instruction": "", "target_state": "",
         "estimated_steps_remaining": len(left)}
-    if not left:
-        return reply
+    if not left:  # but as long as there is no clip, a plan must have an action
+        return reply if last else reply | {
+            "task_complete": False, "instruction": f"Keep {scene.circle} where it is.",
+            "target_state": f"{scene.circle} is in {name(goal)}", "estimated_steps_remaining": 1}
     direction, k = left[0]
     before = [x for x in request.lines if x.startswith(f"Step {step - 1}:")]
     if k > 1 and "Outcome: rejected" in "".join(before) and len(left) < cap - step + 1:
@@ -159,7 +162,7 @@ def verifier(request: Request) -> dict:
     def verdict(reason: str, right: int, suggestion: str = "", progress: str = "none") -> dict:
         return {"reason": reason, "action_executed": not suggestion, "progress": progress,
                 "good_fraction": round(right / (len(places) - 1), 3), "suggestion": suggestion,
-                "verdict": "reject" if suggestion else "accept", "confidence": 0.9}
+                "verdict": "reject" if suggestion else "accept", "confidence": "high"}
 
     before = begin
     for i, place in enumerate(places):
@@ -296,13 +299,15 @@ class Errors:
         rng = np.random.default_rng(zlib.crc32(said.encode()))
         luck = rng.random()
         if reply.get("verdict") == "accept" and luck > self.accept_recall:
-            order = request.value("Planned action").removesuffix(".")
-            return reply | {"verdict": "reject", "good_fraction": round(rng.random(), 2),
+            order = request.value("Planned action").partition(" Correction: ")[0].removesuffix(".")
+            return reply | {"verdict": "reject", "action_executed": False, "progress": "none",
+                            "good_fraction": round(rng.random(), 2),
                             "reason": "The circle does not do what was planned.",
                             "suggestion": f"{order} and keep it inside the corridor."}
         if reply.get("verdict") == "reject" and luck > self.reject_recall:
-            return reply | {"verdict": "accept", "progress": "complete", "suggestion": "",
-                            "good_fraction": 1.0, "reason": "The circle does what was planned."}
+            return reply | {"verdict": "accept", "action_executed": True, "progress": "complete",
+                            "good_fraction": 1.0, "suggestion": "",
+                            "reason": "The circle does what was planned."}
         if reply.get("estimated_steps_remaining") and luck > self.depth_match:
             steps = reply["estimated_steps_remaining"] + rng.choice([-1, 1])
             return reply | {"estimated_steps_remaining": max(1, int(steps))}
@@ -378,16 +383,23 @@ def serve(port: int = 0, errors: Errors | None = None) -> ThreadingHTTPServer:
     return server
 
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=8000)
     for f in fields(Errors)[:3]:
         flag = f"--{f.name.replace('_', '-')}"
         parser.add_argument(flag, type=float, default=f.default, metavar="RATE")
-    options = vars(parser.parse_args())
-    with serve(options.pop("port"), Errors(**options)) as server:
+    options = vars(parser.parse_args(argv))
+    port = options.pop("port")
+    try:
+        server = serve(port, Errors(**options))
+    except (OSError, OverflowError) as error:
+        parser.exit(2, f"vlm.py: port {port} cannot be had ({error}): choose another --port\n")
+    with server, contextlib.suppress(KeyboardInterrupt):
         print(f"{MODEL} ({NOTE}) at http://127.0.0.1:{server.server_port}/v1", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("stopped")
+        server.serve_forever()
+    print("stopped")
+
+
+if __name__ == "__main__":
+    main()

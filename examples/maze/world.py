@@ -222,8 +222,15 @@ def read(image: np.ndarray, like: Reading | None = None) -> Reading:
     noise of a generator may be on it.
 
     like: the reading of the task's first picture. Its colours and goal are kept, so that the circle
-    may hide the goal.
+    may hide the goal. The picture may be larger than the first by a whole factor, as those of a
+    small MP4 are; it counts by the means of its blocks.
     """
+    if like:
+        side = CELL * len(like.open)
+        factor = len(image) // side
+        if factor > 1 and image.shape == (side * factor, side * factor, 3):
+            blocks = image.reshape(side, factor, side, factor, 3)
+            image = blocks.mean((1, 3)).round().astype(image.dtype)
     n = len(image) // CELL
     if image.dtype != np.uint8 or image.shape != (n * CELL, n * CELL, 3) or not 3 <= n <= 16:
         raise ValueError(f"a maze picture is uint8, square, 3 to 16 cells of {CELL} pixels a side, "

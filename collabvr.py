@@ -39,7 +39,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import av
 import filelock
@@ -47,11 +47,11 @@ import jiter
 import numpy as np
 from PIL import Image, ImageOps
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator
-from pydantic.dataclasses import dataclass as settings
+from pydantic.dataclasses import dataclass as settings  # checks its fields
 
 log = logging.getLogger("collabvr")
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in the name of a variable
-strict = {"extra": "forbid", "allow_inf_nan": False, "validate_default": True}  # of pydantic
+checked: Any = {"extra": "forbid", "allow_inf_nan": False, "validate_default": True}  # of pydantic
 
 
 class Problem(Exception):
@@ -59,7 +59,7 @@ class Problem(Exception):
 
 
 # ============================================================== Sec. 3.1 Problem formulation
-@settings(frozen=True, config=strict)
+@settings(frozen=True, config=checked)
 class Config:
     """Settings of the method. Seconds are seconds of video."""
     N_max: Annotated[int, Field(ge=1, le=1000)] = 3  # planning steps at most (App. A.1)
@@ -75,10 +75,10 @@ class Config:
 
     def worst_case(self) -> tuple[int, float, int]:
         """(clips, seconds of video, VLM calls) if every clip is rejected and no call fails."""
-        N, routed = self.N_max, self.on_exhausted == "route"  # regens; the last may be a fallback
-        seconds = (self.seconds_first + (N - 1) * self.seconds_next) * (self.M + routed)
-        longer = routed * max(self.seconds_first - self.seconds(N), 0)
-        return N * (self.M + routed), seconds + longer, N * (1 + self.M + 2 * routed)
+        N, M, routed = self.N_max, self.M, int(self.on_exhausted == "route")
+        steps = self.seconds_first + (N - 1) * self.seconds_next
+        extra = steps + max(self.seconds_first - self.seconds(N), 0)  # regens, at last a fallback
+        return N * (M + routed), steps * M + extra * routed, N * (1 + M + 2 * routed)
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def concat(clips: list[Clip]) -> Clip:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A clip c_t of step t, its prompt a_t as it stood, and the diagnosis (None: not verified)."""
+    """A clip c_t of step t, its prompt a_t as it stood, and the diagnosis."""
     t: int
     a_t: str
     c_t: Clip
-    d: CollabVR.Verification | None = None
+    d: Any = None  # a CollabVR.Verification; None: not verified
 
 
 @dataclass
@@ -124,13 +124,13 @@ class History:
 
     def best(self, t: int | None = None) -> Attempt:
         """Of all rejected attempts, or step t's, the latest with the most good seconds. [D3]"""
-        return max((x for x in reversed(self.rejected) if t in (x.t, None)),
+        return max((x for x in reversed(self.rejected) if t is None or x.t == t),
                    key=lambda x: x.d.good_fraction * x.c_t.seconds)
 
     def told(self) -> list:
         """What the roles get to know of H: every outcome, the newest eight last frames. [D7]"""
-        return ["Steps so far:", *(self.outcomes or ["none"]), *(part for x in self.joined[-8:]
-                for part in (f"Last frame of step {x.t}:", x.c_t.frames[-1]))]
+        frames = [(f"Last frame of step {x.t}:", x.c_t.frames[-1]) for x in self.joined[-8:]]
+        return ["Steps so far:", *(self.outcomes or ["none"]), *itertools.chain(*frames)]
 
     def result(self, status: str) -> Result:
         """What a run returns: all of H, or if it is empty the best attempt, marked so. [D4]"""
@@ -149,8 +149,8 @@ class Result:
 
 
 class Reply(BaseModel):
-    """A role's reply: strict, reasons before verdicts; what is not allowed now is not in it."""
-    model_config = strict | {"strict": True}
+    """A role's reply, reasons before verdicts. A schema offers only what is allowed just then."""
+    model_config = checked | {"strict": True}
 
 
 # =============================================================================== Algorithm 1
@@ -207,7 +207,6 @@ really happened so far, and you plan the next action only.
   target_state is exact: what the last frame must show if the action went right.
 - estimated_steps_remaining counts the steps from here, this one included: it is 1 on the last.
 - After a rejected step plan another way. On the last allowed step the action must finish it all.
-
 Reply with one JSON object with the fields observation, remaining_goal, task_complete, instruction,
 target_state, estimated_steps_remaining.
 """
@@ -232,6 +231,8 @@ target_state, estimated_steps_remaining.
     def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
         """Line 3: a_t from π_plan(I0, q, H), and the plan that it is part of."""
         N_max = self.config.N_max
+        if getattr(I0, "dtype", None) != np.uint8 or I0.shape[2:] != (3,):
+            raise Problem(f"I0 must be a uint8 RGB array, not {type(I0)}: see load_image.")
         p = self.models.ask("planner", self.PLANNER, [
             f"Task prompt: {q}", "Input image:", I0, *H.told(),
             f"Current frame: {'the last of these' if H.joined else 'the input image'}",
@@ -254,7 +255,6 @@ state, and the clip. Corrections at the action's end hold where they differ from
   complete if the target state is reached. An accept needs both the action and some progress.
 - good_fraction is how much of the clip, from its start, is right before the error: 0 to 1.
 - When you reject, suggestion is one sentence for the generator: what to show instead.
-
 Reply with one JSON object with the fields reason, action_executed, progress, good_fraction,
 suggestion, confidence (low, medium or high), verdict (accept or reject).
 """
@@ -282,7 +282,7 @@ suggestion, confidence (low, medium or high), verdict (accept or reject).
         ], self.Verification, t)
         return d.verdict, d
 
-    def evolve(self, a_t: str, d: Verification | Routing) -> str:
+    def evolve(self, a_t: str, d) -> str:
         """Line 15: the suggestion, else the reason, joins the prompt; no VLM call. [D5]"""
         return f"{a_t} Correction: {d.suggestion.strip() or d.reason.strip()}"
 
@@ -346,8 +346,8 @@ Reply with one JSON object with the fields reason, action, suggestion, estimated
 
 # ============================================================================= The two models
 class Models:
-    """The one seam to both models, for one run: here a call is counted, checked, repeated if it
-    failed, and written down, so that with the same folder nothing is paid for twice.
+    """The seam to both models, for one run: a call is counted, checked, repeated if it failed, and
+    written down here, so that with the same folder nothing is paid for twice.
 
     vgm(frame, prompt, seconds, seed) -> Clip: frame is uint8 RGB (H, W, 3), frame 0 of the clip
         depicts it; raising anything is a failed generation.
@@ -359,18 +359,19 @@ class Models:
 
     def __init__(self, vgm, vlm, folder: str | Path | None = None, seed: int = 0):
         self.vgm, self.vlm, self.seed = vgm, vlm, seed
-        self.temporary = None if folder else tempfile.TemporaryDirectory()  # goes when self does
+        self.temporary = tempfile.TemporaryDirectory()  # goes when self does
         self.folder = Path(folder or self.temporary.name)
         (self.folder / "clips").mkdir(parents=True, exist_ok=True)
         self.lock = filelock.FileLock(self.folder / "lock")
-        with explained(f"Another process is at work in {self.folder}", filelock.Timeout):
+        with explained(f"{self.folder} is in use, here or by another process", filelock.Timeout):
             self.lock.acquire(blocking=False)
         self.calls: list[dict] = []  # of this run, in order: its trace
         (path := self.folder / "calls.jsonl").touch()
         whole, newline, _ = path.read_bytes().rpartition(b"\n")  # _: torn by a power cut
         os.truncate(path, len(whole + newline))
-        self.lines = [json.loads(x) for x in whole.splitlines()]  # of earlier starts and this one
-        self.unused = list(self.lines)  # what earlier starts paid for, as far as not replayed
+        with explained(f"{path} is damaged: choose another folder", Exception):
+            self.lines = [json.loads(x) for x in whole.splitlines()]  # of all starts
+            self.unused = [x for x in self.lines if x["request"]]  # not replayed yet
 
     def generate(self, frame, prompt: str, seconds: float, t: int = 1, seed: int | None = None):
         """A clip for step t. A failed generation uses up no attempt and is tried once more with
@@ -389,15 +390,17 @@ class Models:
         """Calls the generator. A clip is on the disk before the line that vouches for it."""
         line, began = {"prompt": prompt, "seed": seed}, time.monotonic()
         try:
-            clip = self.vgm(frame, prompt, seconds, seed)
+            clip = self.vgm(np.array(frame), prompt, seconds, seed)  # a copy, theirs to write into
             line["wall_seconds"] = round(time.monotonic() - began, 3)
-            x = getattr(clip, "frames", None)
-            if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or len(x) < 2:
-                raise ValueError(f"a generator returns a Clip, uint8 (T > 1, H, W, 3), no {clip}")
-            size = [*x.shape[1:3], float(clip.fps)]
+            x: Any = getattr(clip, "frames", None)
+            if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or not x[1:].size:
+                raise ValueError("a generator returns a Clip of uint8 frames (T > 1, H, W, 3), not "
+                                 f"{type(clip).__name__} of {getattr(x, 'dtype', x)} {np.shape(x)}")
+            clip = Clip(x, float(clip.fps))
+            size = [*x.shape[1:3], clip.fps]
             first = next((x["size"] for x in self.calls if "clip" in x), size)
             if size != first or not 0 < clip.fps < math.inf:
-                raise ValueError(f"(H, W, fps) = {size} does not go with the first clip's {first}")
+                raise ValueError(f"(H, W, fps) {size} does not go with the first clip's {first}")
         except Problem:
             raise
         except Exception as error:  # whatever it raises, the generation failed
@@ -418,18 +421,17 @@ class Models:
             if "reply" in line:
                 return schema.model_validate(line["reply"])
             fault, failures = line["fault"], failures + new
-        raise Problem(f"The {role} gave no usable reply in three calls ({fault}); the last was "
-                      f"{line['text']!r:.300}.")
+        raise Problem(f"The {role} gave no usable reply ({fault}): {line.get('text')!r:.300}")
 
     def answer(self, instructions: str, parts: list, schema: type[Reply]) -> dict:
-        """Asks the VLM. The answer gets a `reply` if it is usable, else a `fault`. The JSON object
-        is what stands after the last </think>, if any, from the first { to the last }."""
-        answer = self.vlm(instructions, parts, schema)
-        text = answer["text"].rpartition("</think>")[2][:100_000]
-        if answer.get("fault"):
-            return answer
+        """Asks; adds `reply`, from the first { to the last } after any </think>, or a `fault`."""
+        answer = {k: v for k, v in self.vlm(instructions, parts, schema).items() if k != "reply"}
+        text = str(answer.get("text") or "").rpartition("</think>")[2][:100_000]
+        head = text.partition("{")[0]
+        if answer.get("fault") or "<think>" in head or "[" in head:
+            return answer | {"fault": answer.get("fault") or "no JSON object"}
         try:
-            value = jiter.from_json(text[text.find("{") : text.rfind("}") + 1].encode(),
+            value = jiter.from_json(text[len(head) : text.rfind("}") + 1].encode(),
                                     catch_duplicate_keys=True, allow_inf_nan=False)
             return answer | {"reply": schema.model_validate(value).model_dump()}
         except ValueError as error:
@@ -444,7 +446,7 @@ class Models:
         if new := line is None:
             log.info("step %d: %s: waiting", t, role)
             began = time.monotonic()
-            line = {"t": t, "role": role, "request": key, **make(*request)}
+            line = {**make(*request), "t": t, "role": role, "request": key}
             line.setdefault("wall_seconds", round(time.monotonic() - began, 3))
             text = clean(json.dumps(line))
             with open(self.folder / "calls.jsonl", "a") as file:
@@ -466,8 +468,8 @@ class Models:
         return {"vgm_seconds": sum(x["seconds"] for x in clips), "clips": len(clips),
                 "steps": steps, "regenerations": len(clips) - steps,
                 "generator_errors": sum("error" in x for x in self.calls)} | {
-            k: {role: round(sum(x.get(k, k == "calls") for x in self.calls if x["role"] == role), 3)
-                for role in roles} for k in ("calls", "tokens_in", "tokens_out", "wall_seconds")}
+            k: {r: round(sum(x.get(k, k == "calls") or 0 for x in self.calls if x["role"] == r), 3)
+                for r in roles} for k in ("calls", "tokens_in", "tokens_out", "wall_seconds")}
 
 
 def digest(*parts) -> str:
@@ -488,7 +490,7 @@ GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai/"
 URL = r"^https?://([-\w.]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?$"  # without password and query
 
 
-@settings(config=strict, eq=False)
+@settings(config=checked, eq=False)
 class OpenAIVLM:
     """Any OpenAI-compatible endpoint as `vlm`. Keys come from the environment when needed:
     GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
@@ -517,7 +519,7 @@ class OpenAIVLM:
         key = next(filter(None, map(os.environ.get, names)), None if google else "none")
         if not key:
             raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples/maze.")
-        with explained(f"{self.vlm_url} gave no usable answer", Exception):  # for HTML it is any
+        with explained(f"{self.vlm_url} gave no usable answer; is it an API's URL?", Exception):
             yield openai.OpenAI(api_key=key, base_url=self.vlm_url, max_retries=max_retries,
                                 timeout=openai.Timeout(self.timeout, connect=8))
 
@@ -536,7 +538,8 @@ class OpenAIVLM:
         content = [piece for part in parts for piece in self.encode(part)]
         shape = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
         heat = {} if self.temperature is None else {"temperature": self.temperature}
-        answer, reply = {"text": "", "host": self.host}, None
+        answer: dict[str, Any] = {"text": "", "host": self.host}
+        reply: Any = None
         with self.client() as client, contextlib.suppress(json.JSONDecodeError):
             reply = client.chat.completions.create(
                 model=self.vlm, extra_body=self.request_extra, **heat,
@@ -583,10 +586,9 @@ def sample(clip: Clip, per_second: float) -> list[int]:
     return [round(i * n / steps) for i in range(steps + 1)]
 
 
-@settings(config=strict, eq=False)
+@settings(config=checked, eq=False)
 class Wan:
-    """Any Wan image-to-video checkpoint of diffusers as `vgm`, two experts or one. At most 832x480
-    pixels of area, aspect ratio kept, never upscaled (App. A.1)."""
+    """Any Wan image-to-video checkpoint as `vgm`: at most 832x480 pixels, never upscaled (A.1)."""
     vgm: str = "Video-Reason/VBVR-Wan2.2"  # hub id, diffusers folder, or FILE.py:NAME of your own
     offload: Literal["auto", "none", "model", "group"] = "auto"  # weights that wait in main memory
     fps: Annotated[int, Field(ge=1, le=240)] = 16  # frames per second (App. A.1)
@@ -611,7 +613,7 @@ class Wan:
         cuda = torch.cuda.is_available()
         size = sum(x.stat().st_size for x in Path(self.vgm).glob("*/*.safetensors")) / 1e9
         if not cuda and not 0 < size < 2:
-            raise Problem(f"{self.vgm} needs a CUDA GPU; without, there is examples/maze/run.py.")
+            raise Problem(f"{self.vgm} needs a CUDA GPU, or is no folder: examples/maze/run.py.")
         if not sys.stderr.isatty():  # progress bars are for eyes, not for files
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()
@@ -664,14 +666,14 @@ def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
 
 
 def load_generator(name: str, arguments: dict[str, str]):
-    """FILE.py:NAME as `vgm`: a callable as it is, a class built with the arguments. The file's hash
-    is in its identity: an edited generator is another one. Raises Problem."""
+    """FILE.py:NAME as `vgm`, a class built with the arguments. An edited file is another one."""
     file, _, attribute = name.rpartition(":")
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
     with explained(f"--vgm {name} cannot be loaded; it takes FILE.py:NAME", Exception):
         made = runpy.run_path(file, run_name="vgm")[attribute]
-        vgm = functools.partial(made(**arguments) if isinstance(made, type) else made)
+        vgm: Any = functools.partial(made(**arguments) if isinstance(made, type) else made)
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    vgm.check = getattr(vgm.func, "check", lambda seconds: None)
     vgm.identity = {"name": attribute, "code": code, "arguments": arguments}
     return vgm
 
@@ -682,14 +684,13 @@ def load_image(path: str | Path) -> np.ndarray:
     with explained(f"{path} cannot be read as a picture", Exception), Image.open(path) as image:
         if min(image.size) < 16 or math.prod(image.size) > 50e6:
             raise Problem(f"{path} has {image.size} pixels: 16 a side is least, 50 million most.")
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return np.array(Image.alpha_composite(white, image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image).convert("RGBA")
+        white = Image.new("RGBA", upright.size, "white")
+        return np.array(Image.alpha_composite(white, upright).convert("RGB"))
 
 
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 in MP4 that plays anywhere, the same bytes every time; or FFV1 in Matroska, exact.
-    MP4 halves the resolution of colour, so a side below 256 is enlarged by a whole factor."""
+    """H.264 that plays anywhere, a side below 256 enlarged as it halves colours; or exact FFV1."""
     frames, out = clip.frames, io.BytesIO()
     kind, codec, pixels, options = "matroska", "ffv1", "bgr0", {}
     if not lossless:
@@ -700,7 +701,7 @@ def encode_video(clip: Clip, lossless: bool = False) -> bytes:
         frames = frames.repeat(factor, 1).repeat(factor, 2)
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
     with av.open(out, "w", kind) as file:
-        stream = file.add_stream(codec, Fraction(clip.fps).limit_denominator(1001), options)
+        stream: Any = file.add_stream(codec, Fraction(clip.fps).limit_denominator(1001), options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
@@ -714,6 +715,7 @@ def read_clip(folder: Path, line: dict) -> Clip | None:
     with contextlib.suppress(OSError, av.FFmpegError):
         clip = Clip(iio.imread(folder / line["clip"], plugin="pyav"), line["size"][2])
         return clip if clip.seconds == line["seconds"] else None
+    return None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -730,8 +732,8 @@ def save(outcome: Result, models: Models, **facts) -> Path:
     """Writes trace.json and video.mp4 into the folder of `models`; returns the latter's path."""
     trace = {"status": outcome.status, "unverified_steps": outcome.unverified_steps, **facts,
              "cost": models.cost(), "calls": models.calls}
-    write_file(models.folder / "trace.json", json.dumps(trace, indent=2).encode())
     write_file(models.folder / "video.mp4", encode_video(outcome.video))
+    write_file(models.folder / "trace.json", clean(json.dumps(trace, indent=2)).encode())
     return models.folder / "video.mp4"
 
 
@@ -744,7 +746,7 @@ def explained(what: str, *errors: type[Exception]):
         raise error if isinstance(error, Problem) else Problem(f"{what} ({first_line(error)}).")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Any) -> str:
     """An error in one short line; of pydantic's the first one, of an endpoint its whole body."""
     text = str(error).strip() or type(error).__name__
     if hasattr(error, "errors"):
@@ -763,7 +765,7 @@ def clean(text: str) -> str:
 
 
 # ============================================================================== Command line
-@dataclass
+@settings(config=checked)
 class Command:
     image: str  # the input image I0
     task: str  # the task prompt q
@@ -771,7 +773,7 @@ class Command:
     vlm: OpenAIVLM
     vgm: Wan
     out: Path | None = None  # run folder, which resumes (default: runs/IMAGE-HASH)
-    seed: int = 0  # seed of the first clip; later ones count up
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # seed of the first clip; later ones count up
     vgm_arg: list[str] = field(default_factory=list)  # NAME=VALUE for the class in FILE.py:NAME
     dry_run: bool = False  # check everything, load the weights, generate nothing
 
@@ -785,21 +787,20 @@ class Command:
         chosen = asdict(config) | asdict(vlm) | asdict(vgm) | {"seed": self.seed, "vgm_arg": shown}
         if re.search(r"\.py(:|$)", vgm.vgm):
             vgm = load_generator(vgm.vgm, given)
-        stem = re.sub(r"[^-\w]", "_", Path(self.image).stem)[:60]
+        stem = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
         out = self.out or Path("runs", f"{stem}-{digest(I0, q, chosen)[:8]}")
         if self.dry_run or not any(x.stat().st_size for x in out.glob("calls.jsonl")):
             vlm.check()
-            shortest = min(config.seconds_first, config.seconds_next)
-            getattr(getattr(vgm, "func", vgm), "check", bool)(shortest)  # loads weights, if any
+            vgm.check(min(config.seconds_first, config.seconds_next))
             log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video, %d "
                      "VLM calls, and what fails.", vlm.host, *config.worst_case())
         if self.dry_run:
-            return print(json.dumps(chosen, indent=2), "Nothing was generated.", sep="\n")
+            return print(clean(json.dumps(chosen, indent=2)), "Nothing was generated.", sep="\n")
         models, start = Models(vgm, vlm, out, self.seed), out / "start.json"
         facts = {"input": digest(I0, q), "image": self.image, "task": q, "settings": chosen}
-        if start.exists() and json.loads(start.read_bytes())["input"] != facts["input"]:
+        if start.exists() and str(facts["input"]) not in start.read_text():
             raise Problem(f"{out} is a run with another image or task: choose another --out.")
-        write_file(start, json.dumps(facts).encode())
+        write_file(start, clean(json.dumps(facts)).encode())
         Image.fromarray(I0).save(out / "input.png")
         running.append(models)
         result = CollabVR(models, config).run(I0, q)
@@ -817,9 +818,8 @@ def parse(argv) -> Command:
         return tyro.cli(Command, args=argv, prog="collabvr.py", description=__doc__.splitlines()[0],
                         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff,
                                 tyro.conf.UseAppendAction))
-    if not said.getvalue():
-        raise SystemExit(0)
-    lines = [x for line in said.getvalue().splitlines() if (x := line.strip(" │"))]
+    told = said.getvalue() or sys.exit()  # nothing was wrong: it was --help
+    lines = [x for line in told.splitlines() if (x := line.strip(" │"))]
     lines = lines[1 + lines[1].startswith("---"):]  # without its title, and up to its first rule
     text = " ".join(itertools.takewhile(lambda x: set(x) - set("─-╰╯"), lines))
     text = re.sub(r"\d+ validation errors? for \w+ | \[type=.*", "", text)
@@ -829,7 +829,7 @@ def parse(argv) -> Command:
 def main(argv=None) -> int:
     """Returns 0: a video was made; 2: bad input, no model was called; 1: a fault; 130: Ctrl-C."""
     logging.basicConfig(handlers=[screen := logging.StreamHandler()])
-    screen.format = lambda record: clean(logging.Formatter().format(record))
+    screen.format = lambda record: clean(logging.Formatter().format(record))  # type: ignore
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     running: list[Models] = []

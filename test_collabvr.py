@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from fractions import Fraction
 from pathlib import Path
 
 import hypothesis
@@ -444,6 +445,8 @@ BAD_REPLIES = {
     "two verdicts": json.dumps(accept())[:-1] + ', "verdict": "accept"}',
     "two objects": json.dumps(accept()) * 2,
     "only thought": f"<think>{json.dumps(accept())}</think>",
+    "still thinking": f"<think>maybe {json.dumps(accept())} but no, it fell",
+    "a list of one": f"[{json.dumps(accept())}]",
     "thought over": f"{json.dumps(accept())}</think>no",
     "confidence in numbers": accept() | {"confidence": 0.9},
     "accepted though not executed": accept(executed=False),
@@ -557,14 +560,53 @@ def test_a_clip_that_breaks_the_contract_is_a_failed_generation(frames):
 
 @pytest.mark.parametrize("made", [np.zeros((9, 32, 48, 3), np.uint8), None, [1, 2]])
 def test_a_generator_that_returns_an_array_or_nothing_in_place_of_a_clip_is_told_so(made):
-    with pytest.raises(c.Problem, match="a generator returns a Clip, uint8"):
+    with pytest.raises(c.Problem, match="a generator returns a Clip of uint8"):
         go(plan(), vgm=lambda *request: made)
 
 
-@pytest.mark.parametrize("picture", [Image.fromarray(I0), I0 / 255])
+@pytest.mark.parametrize("picture", [Image.fromarray(I0), I0 / 255, I0[..., 0], "x.png", None])
 def test_a_picture_that_is_no_uint8_rgb_array_gets_a_sentence_that_says_so(picture):
-    with pytest.raises(c.Problem, match="a uint8 RGB array, as np.array"):
-        c.CollabVR(c.Models(Painter(), Script(plan(), accept()))).run(picture, "q")
+    vlm = Script(plan(), accept())
+    with pytest.raises(c.Problem, match="a uint8 RGB array"):
+        c.CollabVR(c.Models(Painter(), vlm)).run(picture, "q")
+    assert not vlm.calls, "nothing was paid for"
+
+
+def test_a_generator_that_writes_into_its_frame_spoils_neither_the_input_nor_the_video():
+    def vgm(frame, prompt, seconds, seed):
+        frames = np.repeat(frame[None], 5, 0)
+        frames[1:] = 100 + seed
+        frame[:] = 0
+        return c.Clip(frames, 4)
+
+    image = I0.copy()
+    vlm = Script(plan(left=2), accept("partial"), plan(), accept())
+    result = c.CollabVR(c.Models(vgm, vlm)).run(image, "q")
+    assert (image == I0).all()
+    assert result.video.frames[:, 0, 0, 0].tolist() == [250] + [100] * 4 + [101] * 4
+
+
+@pytest.mark.parametrize("fps", [np.float32(29.97), Fraction(8), np.int64(8)])
+def test_any_kind_of_number_will_do_as_frames_per_second(fps):
+    models = c.Models(lambda frame, *_: c.Clip(np.repeat(frame[None], 9, 0), fps), None)
+    assert models.generate(I0, "p", 1.0).fps == float(fps)
+    assert json.dumps(models.calls)
+
+
+def test_a_vlm_that_gives_no_text_or_claims_more_than_text_is_asked_again():
+    odd = [{"text": None}, {}, {"text": 5}, {"text": "no", "reply": accept(), "role": "x"}]
+    for answer in odd:
+        answers = [said(plan()), answer, said(accept())]
+        models = c.Models(Painter(), lambda *_, left=answers: left.pop(0))
+        assert c.CollabVR(models).run(I0, "q").status == "complete"
+        assert models.cost()["calls"] == {"planner": 1, "vgm": 1, "verifier": 2}
+
+
+def test_a_damaged_run_folder_is_refused_in_one_sentence(tmp_path):
+    for text in ("garbage\n", "{}\n", "[]\n"):
+        (tmp_path / "calls.jsonl").write_text(text)
+        with pytest.raises(c.Problem, match="calls.jsonl is damaged"):
+            c.Models(None, None, tmp_path)
 
 
 @pytest.mark.parametrize("second", [((40, 48), 4), ((32, 48), 8)])
@@ -1100,7 +1142,7 @@ def test_an_endpoint_that_refuses_ends_the_run_in_one_sentence_and_the_next_star
         assert c.main([*job, "--vlm-url", endpoint.url]) == 1
     err = capsys.readouterr().err
     assert "INVALID_ARGUMENT" in err and "Traceback" not in err and "sk-secret" not in err
-    assert f"{endpoint.url} gave no usable answer (400" in err
+    assert f"{endpoint.url} gave no usable answer; is it an API's URL? (400" in err
     assert "the same command goes on" in err
     assert not (tmp_path / "out" / "video.mp4").exists()
     with Endpoint(plan(), accept()) as endpoint:
@@ -1366,7 +1408,8 @@ def test_a_second_process_on_one_folder_is_refused_and_sigterm_leaves_the_folder
         with start(job, endpoint) as other:
             while len(endpoint.requests) < 2:
                 time.sleep(0.02)
-            assert "Another process is at work" in bad(capsys, *job, "--vlm-url", endpoint.url)
+            refused = bad(capsys, *job, "--vlm-url", endpoint.url)
+            assert "is in use, here or by another process" in refused
             other.send_signal(signal.SIGTERM)
             err = other.stderr.read()
             assert "Interrupted" in err and "Traceback" not in err and "goes on" in err

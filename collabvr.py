@@ -382,7 +382,7 @@ class Models:
             s = self.seed + number if seed is None else seed + 1000 * tries  # no other candidate's
             line, new = self.call("vgm", t, [frame, prompt, seconds, s], self.film)
             if "clip" in line:
-                return read_clip(self.folder, line)
+                return self.fresh if new else read_clip(self.folder, line)
             failures, tries = failures + new, tries + 1
         raise Problem(f"The generator failed twice in a row ({line['error']}).")
 
@@ -396,7 +396,7 @@ class Models:
             if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or not x[1:].size:
                 raise ValueError("a generator returns a Clip of uint8 frames (T > 1, H, W, 3), not "
                                  f"{type(clip).__name__} of {getattr(x, 'dtype', x)} {np.shape(x)}")
-            clip = Clip(x, float(clip.fps))
+            self.fresh = clip = Clip(x, float(clip.fps))  # need not be read back
             size = [*x.shape[1:3], clip.fps]
             first = next((x["size"] for x in self.calls if "clip" in x), size)
             if size != first or not 0 < clip.fps < math.inf:
@@ -810,15 +810,15 @@ class Command:
         print(*(f"{name:17} {value}" for name, value in told.items()), sep="\n")
 
 
-def parse(argv) -> Command:
+def parse(argv, kind=Command, prog="collabvr.py"):
     """What was typed. Raises Problem, in the words of tyro's box, and SystemExit after --help."""
     import tyro
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        return tyro.cli(Command, args=argv, prog="collabvr.py", description=__doc__.splitlines()[0],
+        return tyro.cli(kind, args=argv, prog=prog, description=__doc__.splitlines()[0],
                         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff,
                                 tyro.conf.UseAppendAction))
-    told = said.getvalue() or sys.exit()  # nothing was wrong: it was --help
+    told = said.getvalue() or sys.exit(0)  # nothing was wrong: it was --help
     lines = [x for line in told.splitlines() if (x := line.strip(" │"))]
     lines = lines[1 + lines[1].startswith("---"):]  # without its title, and up to its first rule
     text = " ".join(itertools.takewhile(lambda x: set(x) - set("─-╰╯"), lines))

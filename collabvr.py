@@ -529,7 +529,7 @@ class OpenAIVLM:
         with self.client(max_retries=0) as client:
             names, ask = [], [{"role": "user", "content": "Reply with the word ok."}]
             with contextlib.suppress(openai.APIStatusError):
-                names = [x.id.removeprefix("models/") for x in client.models.list(timeout=9)]
+                names = [x.id.removeprefix("models/") for x in client.models.list()]
             if self.vlm not in names:
                 client.chat.completions.create(model=self.vlm, messages=ask)
 

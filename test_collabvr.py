@@ -1677,9 +1677,8 @@ def test_a_random_model_behind_transformers_serve_ends_the_run_loudly_and_never_
     with open(tmp_path / "log", "w") as log, subprocess.Popen(
             command, stdout=log, stderr=log, env=env) as server:
         try:
-            while server.poll() is None:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                    break
+            while "Uvicorn running" not in (tmp_path / "log").read_text():
+                assert server.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.2)
             job[job.index("--vlm") + 1] = str(tmp_path / "vlm")
             status = c.main([*job, "--vlm-url", f"http://127.0.0.1:{port}/v1",
@@ -1687,7 +1686,7 @@ def test_a_random_model_behind_transformers_serve_ends_the_run_loudly_and_never_
         finally:
             server.terminate()
     assert status == 1, (tmp_path / "log").read_text()
-    assert "The planner gave no usable reply in three calls" in capsys.readouterr().err
+    assert "The planner gave no usable reply (" in capsys.readouterr().err
     calls = kept(tmp_path / "out")
     assert [x["role"] for x in calls] == ["planner"] * 3 and not any("reply" in x for x in calls)
     assert all(x["tokens_out"] > 0 and x["tokens_in"] > len(c.CollabVR.PLANNER) for x in calls)

@@ -526,12 +526,12 @@ class OpenAIVLM:
     def check(self) -> None:
         """Raises Problem if key, endpoint or model is missing; one not listed is asked a word."""
         import openai
-        with self.client(max_retries=0) as client:
-            names, ask = [], [{"role": "user", "content": "Reply with the word ok."}]
-            with contextlib.suppress(openai.APIStatusError):
-                names = [x.id.removeprefix("models/") for x in client.models.list()]
-            if self.vlm not in names:
-                client.chat.completions.create(model=self.vlm, messages=ask)
+        with self.client(max_retries=0) as client, contextlib.suppress(openai.APIStatusError):
+            if self.vlm in [x.id.removeprefix("models/") for x in client.models.list()]:
+                return
+        with self.client(max_retries=1) as client:  # a new one: some hang up after a failed list
+            client.chat.completions.create(
+                model=self.vlm, messages=[{"role": "user", "content": "Reply with the word ok."}])
 
     def __call__(self, instructions: str, parts: list, schema: type[BaseModel]) -> dict:
         """See "The two models". Raises Problem when the endpoint gives up."""

@@ -1188,6 +1188,13 @@ def test_an_endpoint_that_does_not_list_the_model_is_asked_for_a_word_and_not_re
     assert word["model"] == "test" and len(json.dumps(word)) < 300 and len(others) == 2
 
 
+def test_an_endpoint_that_hangs_up_after_a_failed_list_of_models_is_asked_once_more(job):
+    with Endpoint(cut, "ok", plan(), accept()) as endpoint:
+        endpoint.models = 500, "oops"
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    assert len(endpoint.requests) == 4
+
+
 def test_an_unknown_model_is_noticed_before_anything_is_paid_for(job, capsys, tmp_path):
     with Endpoint((404, {"error": {"message": "no model 'other'"}})) as endpoint:
         said = bad(capsys, *job, "--vlm-url", endpoint.url, "--vlm", "other")

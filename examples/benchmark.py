@@ -24,7 +24,6 @@ import os
 import pickle
 import queue
 import re
-import signal
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import filelock
 from PIL import Image
@@ -42,8 +41,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from baselines import METHODS
-from samples import Sample, needed, samples
+import commands
+import numpy as np
+from commands import needed
+from samples import Sample, samples
 from summary import Summary
 
 import collabvr
@@ -59,7 +60,7 @@ class Run:
     config: Config
     vlm: OpenAIVLM
     vgm: Wan
-    method: Literal[tuple(METHODS)] = "collabvr"  # see examples/baselines.py
+    method: str = "collabvr"  # one of examples/baselines.py, or FILE.py:NAME of your own
     task: str = ""  # what is to be done in all pictures of a folder
     # i/n: every n-th sample, from the i-th on
     shard: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] = "1/1"
@@ -73,19 +74,26 @@ class Run:
     def run(self) -> int:
         """Runs what is not finished; the exit status. Raises Problem before any model is called."""
         i, n = map(int, self.shard.split("/"))
-        listed, mine, left = {}, 0, set()
+        listed, mine, left, worst = {}, 0, set(), np.zeros(3)
+        commands.method(self.method)
         for k, x in enumerate(samples(self.data, self.task)):
             if x.id in listed:
                 raise Problem(f"{self.data} holds two samples {x.id}.")
             listed[x.id] = {"id": x.id, "category": x.category, "method": self.method}
             if k % n == i - 1:
                 mine += 1
-                left |= set() if self.finished(x) else {x.id}
+                if not self.finished(x):
+                    left.add(x.id)
+                    with contextlib.suppress(Problem):  # it fails when its turn comes
+                        worst += self.config_of(x).worst_case()
         if i > n or not listed:
             raise Problem(f"{self.data} holds no samples, or not for shard {self.shard}.")
         if left and self.method != "single":  # which asks nobody
             self.vlm.check()
             print(f"{self.vlm.host} will see the pictures.", file=sys.stderr)
+        if left and self.method in ("collabvr", "m1", "m2"):
+            print("At worst: {:.0f} clips, {:.0f} s of generated video, {:.0f} VLM calls, and what "
+                  "fails.".format(*worst), file=sys.stderr)
         self.enlist(listed)
         runner = Runner(self) if left and not self.ray else None
         errors: list[str] = []
@@ -121,9 +129,16 @@ class Run:
 
     @functools.cached_property
     def code(self) -> str:
-        """What the file of a FILE.py:NAME holds at the start."""
-        file = self.vgm.vgm.rpartition(":")[0]
-        return Path(file).read_text() if file.endswith(".py") else ""
+        """What the files of generator and method hold at the start, if they are FILE.py:NAME."""
+        files = [x.rpartition(":")[0] for x in (self.vgm.vgm, self.method)]
+        return "".join(Path(x).read_text() for x in files if x.endswith(".py"))
+
+    def config_of(self, x: Sample) -> Config:
+        """The settings, with the sample's own length of clips if it has one. Raises Problem."""
+        if not x.seconds:
+            return self.config
+        with collabvr.explained(f"{x.id} is {x.seconds:g} s long", ValueError):
+            return replace(self.config, seconds_first=x.seconds, seconds_next=x.seconds)
 
     def made_with(self, x: Sample) -> str:
         """A hash of all that the video depends on, found without loading a model."""
@@ -134,7 +149,8 @@ class Run:
 
     def videos(self, x: Sample) -> list[Path]:
         """Where its final video lies, as the evaluators want it."""
-        return [self.out / "videos" / f.format(self.method) / f"{x.id}.mp4" for f in x.folders]
+        name = self.method.rpartition(":")[2]
+        return [self.out / "videos" / f.format(name) / f"{x.id}.mp4" for f in x.folders]
 
     def finished(self, x: Sample) -> bool:
         """Whether it has a video of these settings. A missing picture is the run's to report."""
@@ -256,10 +272,7 @@ class Runner:
     def make(self, x: Sample) -> float:
         """Runs a sample and saves it; seconds of video that were generated for it."""
         c, folder = self.command, self.command.out / "runs" / x.id
-        config, given = c.config, folder / "input.png"
-        if x.seconds:
-            with collabvr.explained(f"{x.id} is {x.seconds:g} s long", ValueError):
-                config = replace(config, seconds_first=x.seconds, seconds_next=x.seconds)
+        config, given = c.config_of(x), folder / "input.png"
         models = Waiting(self.vgm, c.vlm, folder, c.seed)
         try:
             if isinstance(x.image, bytes):
@@ -276,8 +289,8 @@ class Runner:
             Image.fromarray(I0).save(given)
             for path in (folder / "trace.json", folder / "video.mp4", *c.videos(x)):
                 path.unlink(missing_ok=True)  # of other settings, if any
-            video = collabvr.save(METHODS[c.method](models, config).run(I0, x.task), models,
-                                  **facts)
+            result = commands.method(c.method)(models, config).run(I0, x.task)
+            video = collabvr.save(result, models, **facts)
             for path in c.videos(x):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, video.read_bytes())
@@ -289,23 +302,9 @@ class Runner:
 # =============================================================================== Command line
 def main(argv=None) -> int:
     """0: all that was asked for is there; 1: samples failed; 2: bad input; 130: interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     from simulate import Simulate  # which imports this file
-    kinds = {"run": Run, "summary": Summary, "simulate": Simulate}
-    try:
-        if name in ("-h", "--help"):
-            print(__doc__)
-            return 0
-        if name not in kinds:
-            raise Problem(f"{name!r:.99} is none of {', '.join(kinds)}.")
-        return collabvr.parse(rest, kinds[name], f"benchmark.py {name}").run()
-    except KeyboardInterrupt:
-        status, said = 130, "Interrupted. The same command goes on from here."
-    except (Problem, OSError) as error:
-        status, said = 2, " ".join(str(error).split())
-    print(f"benchmark.py: {collabvr.clean(said)}", file=sys.stderr)
-    return status
+    return commands.run("benchmark.py", __doc__, {"run": Run, "summary": Summary,
+                                                  "simulate": Simulate}, argv)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def tag(name: str, /, *inner, **attributes) -> Html:
                     for k, v in attributes.items() if v is not None)
     flat = itertools.chain(*(x if isinstance(x, list) else [x] for x in inner))
     text = "".join(x if isinstance(x, Html) else html.escape(str(x)) for x in flat if x is not None)
-    return Html(f"<{name}{given}>{text}" + f"</{name}>" * (name != "img"))
+    return Html(f"<{name}{given}>{text}" + f"</{name}>" * (
+        name not in ("img", "input")))
 
 
 def listed(fields: dict, **attributes) -> Html | None:
@@ -135,6 +136,12 @@ def picture(image: Image.Image, alt: str) -> Html:
 def player(content: bytes, label: str) -> Html:
     return tag("video", src=data("video/mp4", content), aria_label=label, controls="",
                playsinline="", preload="auto")
+
+
+def film(clip: Clip, label: str) -> Html:
+    """A clip as a player, its pictures as `fitted` makes them."""
+    small = Clip(np.stack([np.asarray(fitted(x)) for x in clip.frames]), clip.fps)
+    return player(collabvr.encode_video(small), label)
 
 
 def figure(element: Html, *caption) -> Html:
@@ -202,8 +209,7 @@ def attempt(folder: Path, call: dict, checks: list, tried: list, route: str | No
     tried.append((prompt, clip, good))
     shown = tag("p", "The clip is missing.")
     if clip:
-        small = Clip(np.stack([np.asarray(fitted(x)) for x in clip.frames]), clip.fps)
-        video = player(collabvr.encode_video(small), f"Attempt {n}, {word}")
+        video = film(clip, f"Attempt {n}, {word}")
         last = picture(fitted(clip.frames[-1]), "Last frame")
         right = [f"{number(clip.seconds)} s"] if good is None else [  # thin where it is not right
             tag("svg", tag("rect", width=f"{good:%}", height=8, class_="good"),

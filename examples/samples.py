@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import re
 import sys
@@ -16,14 +15,10 @@ from pathlib import Path
 
 import av
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from commands import needed
+
 from collabvr import Problem, explained
-
-
-def needed(name: str):
-    """An import that only some of this needs. Raises Problem."""
-    with explained(f"{name} is needed: pip install -r examples/requirements.txt", ImportError):
-        return importlib.import_module(name)
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,38 @@ def test_a_failed_sample_is_recorded_does_not_stop_the_rest_and_is_tried_again(t
     assert {"call 1", "call 0"} == {*notes(tmp_path)[len(before):]} - {"built"}  # 3.png is black
 
 
+METHOD = """
+from collabvr import CollabVR, Result
+
+class Twice(CollabVR):
+    def run(self, I0, q):
+        self.models.generate(I0, q, 1.0)
+        return Result(self.models.generate(I0, q, 1.0), "unverified", [1])
+"""
+
+
+def test_a_method_of_ones_own_runs_from_a_file_and_an_edited_one_makes_its_videos_anew(
+        tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data", 2)
+    (tmp_path / "mine.py").write_text(METHOD)
+    run = command(tmp_path, data, "out", method=f"{tmp_path}/mine.py:Twice")
+    assert run.run() == 0 and len(notes(tmp_path)) == 5  # built once, two clips for each sample
+    assert command(tmp_path, data, "out", method=run.method).run() == 0
+    assert len(notes(tmp_path)) == 5 and "2 done" in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text(METHOD.replace("q, 1.0), ", 'q + "!", 1.0), '))
+    assert command(tmp_path, data, "out", method=run.method).run() == 0
+    assert len(notes(tmp_path)) == 8  # the first clips are replayed
+    with pytest.raises(c.Problem, match="takes FILE.py:NAME or one of single, "):
+        command(tmp_path, data, "new", method=f"{tmp_path}/mine.py:Thrice").run()
+
+
+def test_the_worst_case_of_all_that_is_left_is_told_before_the_first_call(tmp_path, capsys):
+    assert command(tmp_path, write_jsonl(tmp_path / "data", 3), "out").run() == 0
+    clips, seconds, calls = c.Config(seconds_first=1, seconds_next=0.5).worst_case()
+    assert (f"At worst: {3 * clips} clips, {3 * seconds:.0f} s of generated video, {3 * calls} VLM "
+            "calls") in capsys.readouterr().err
+
+
 def test_another_method_or_data_set_in_the_same_folder_is_refused_but_data_may_grow(tmp_path):
     data = write_jsonl(tmp_path / "data", 2)
     assert command(tmp_path, data, "out").run() == 0
@@ -302,13 +334,15 @@ def test_shards_share_the_work_and_samples_in_flight_share_a_generator_with_the_
         assert command(tmp_path, data, "shards", shard=f"{i}/3").run() == 0
         seen = {x.stem for x in (tmp_path / "shards" / "videos").iterdir()}
         assert {f"s{k}" for k in ids} <= seen
-    assert command(tmp_path, data, "flight", in_flight=3, wait=0.01).run() == 0
+    began = time.monotonic()
+    assert command(tmp_path, data, "flight", in_flight=3, wait=0.05).run() == 0
+    lasted = time.monotonic() - began
     plain = videos(tmp_path / "plain")
     assert len(plain) == 7 and len(set(plain.values())) > 1
     assert videos(tmp_path / "shards") == videos(tmp_path / "flight") == plain
-    for path in (tmp_path / "flight" / "runs").glob("*/trace.json"):  # no wait for the others
-        walls = [x["wall_seconds"] for x in json.loads(path.read_text())["calls"] if "clip" in x]
-        assert max(walls) < 0.1
+    walls = [x["wall_seconds"] for path in (tmp_path / "flight" / "runs").glob("*/trace.json")
+             for x in json.loads(path.read_text())["calls"] if "clip" in x]
+    assert 0.05 * len(walls) <= sum(walls) <= lasted  # no call counts its wait for the others
 
 
 def test_samples_stream_and_no_more_are_read_than_are_at_work(tmp_path, monkeypatch):
@@ -337,7 +371,8 @@ def test_after_sigkill_and_ctrl_c_the_same_command_goes_on(tmp_path):
     options = [*SINGLE, "--vgm", f"{tmp_path / 'painter.py'}:Painter", "--vgm-arg", "wait=0.3"]
     for number, sign in enumerate((signal.SIGKILL, signal.SIGINT), 1):
         process = start(tmp_path, data, "out", *options)
-        while len(videos(tmp_path / "out")) < 2 * number and process.poll() is None:
+        made = tmp_path / "out" / "videos"
+        while len(list(made.glob("*.mp4"))) < 2 * number and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(sign)
         said, _ = process.communicate()

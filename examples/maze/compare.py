@@ -4,6 +4,7 @@
     python examples/maze/compare.py --out runs/compare --methods single,collabvr --mazes 10
     python examples/maze/compare.py --out runs/compare --methods collabvr,qwen9b,qwen27b,gemini
     python examples/maze/compare.py --out runs/compare --segments foreign --mazes 100
+    python examples/maze/compare.py .. --segments foreign --methods route1,best1,replan1    A.5
 
 The mazes come from seeds that training never used; `foreign` ones are made and drawn by another
 program, in other palettes, and get as many steps as their path has segments. A score comes from
@@ -39,13 +40,16 @@ import collabvr
 SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
     "gemini": vlm.Errors(0.848, 0.656, 0.680, 1), "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
     "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3)}
+POLICIES = ["route", "best", "replan"]  # after M rejections; tried with M = 1, when it matters most
 METHODS = {  # name: (class, what differs from the defaults of collabvr.Config)
     **{name: (method, {}) for name, method in baselines.METHODS.items()},
     "best": (collabvr.CollabVR, {"on_exhausted": "best"}),  # M1+M2 without router
     "replan": (collabvr.CollabVR, {"on_exhausted": "replan"}),
     **{f"steps{k}": (collabvr.CollabVR, {"N_max": k}) for k in range(1, 6)},
     **{f"attempts{k}": (baselines.M2, {"M": k}) for k in range(1, 6)},  # as in Fig. 13
-    **{name: (collabvr.CollabVR, {}) for name in SUPERVISORS}}
+    **{name: (collabvr.CollabVR, {}) for name in SUPERVISORS},
+    **{f"{name}{x}1": (collabvr.CollabVR, {"on_exhausted": x, "M": 1})
+       for name in ["", *(f"{k}-" for k in SUPERVISORS)] for x in POLICIES}}
 HEADLINE = "single,pass2,pass4,videotpo,preplan,m1,m2,collabvr,best,replan"
 NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
 
@@ -130,15 +134,33 @@ def sample(method: str, segments: int, i: int, seed: int) -> dict:
     else:
         maze = held_out(segments, i, seed)
         picture = world.draw(maze)
-    reader = collabvr.OpenAIVLM(**VLM, vlm_url=URLS.get(method, URLS[""]))
+    reader = collabvr.OpenAIVLM(**VLM, vlm_url=URLS.get(method.partition("-")[0], URLS[""]))
     models = collabvr.Models(GENERATOR, reader, seed=1000 * i)
-    result = kind(models, collabvr.Config(**settings)).run(picture, world.task(maze))
+    config = collabvr.Config(**settings)
+    result = kind(models, config).run(picture, world.task(maze))
     s, cost = world.score(result.video.frames, maze), models.cost()
     fine = s.one_circle and not s.left_corridors and not s.jumped
     return {"method": method, "segments": segments, "i": i, "seed": seed, "status": result.status,
             "solved": float(s.solved), "score": s.progress * fine,
+            "exhausted": exhausted(models.calls, config),
             "vlm_calls": sum(n for role, n in cost["calls"].items() if role != "vgm"),
             **{k: cost[k] for k in ("vgm_seconds", "clips", "steps", "regenerations")}}
+
+
+def exhausted(calls: list[dict], config: collabvr.Config) -> list[tuple[str, bool | None]]:
+    """Of each step with M rejections: what was then decided, and whether the next clip that was
+    verified, of regen the joined one, was accepted (None: none was)."""
+    said = [x for x in calls if x["role"] in ("verifier", "router") and "reply" in x]
+    out = []
+    for i, x in enumerate(said):
+        step = [y["reply"] for y in said[: i + 1] if y["t"] == x["t"] and y["role"] == "verifier"]
+        if x["role"] == "verifier" and len(step) == config.M and step[-1]["verdict"] == "reject":
+            route = next((y["reply"]["action"] for y in said[i + 1 : i + 2]
+                          if y["role"] == "router"), config.on_exhausted)
+            later = [y["reply"]["verdict"] == "accept" for y in said[i + 1 :]
+                     if y["role"] == "verifier"]
+            out.append((route, later[0] if later else None))
+    return out
 
 
 def collect(args) -> list[dict]:

@@ -309,8 +309,9 @@ class Errors:
                             "good_fraction": 1.0, "suggestion": "",
                             "reason": "The circle does what was planned."}
         if reply.get("estimated_steps_remaining") and luck > self.depth_match:
-            steps = reply["estimated_steps_remaining"] + rng.choice([-1, 1])
-            return reply | {"estimated_steps_remaining": max(1, int(steps))}
+            steps = reply["estimated_steps_remaining"]  # of 1 only 2 is off by one
+            steps += int(rng.choice([-1, 1])) if steps > 1 else 1
+            return reply | {"estimated_steps_remaining": steps}
         return reply
 
 

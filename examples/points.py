@@ -125,10 +125,17 @@ def write_page(folder: Path, points: list[dict]) -> Path:
             "input", type="radio", name=f"{field} {name}", value=json.dumps({field: v})), v, " ")
             for v in values], name=name)
 
-    def shown(part) -> report.Html:
-        part = restore(folder, part)
-        return tag("p", part) if isinstance(part, str) else report.figure(report.film(
-            part, "Clip") if isinstance(part, Clip) else report.picture(report.fitted(part), ""))
+    def shown(parts: list) -> list[report.Html]:
+        """Pictures and clips, each over the text that announces it, and below all other texts."""
+        texts, figures = [], []
+        for part in (restore(folder, x) for x in parts):
+            if isinstance(part, str):
+                texts.append(part)
+                continue
+            element = (report.film(part, "Clip") if isinstance(part, Clip)
+                       else report.picture(report.fitted(part), "Picture"))
+            figures.append(report.figure(element, texts.pop() if texts else ""))
+        return [tag("div", figures, class_="pair"), *(tag("p", x) for x in texts)]
 
     cards = []
     for x in points:
@@ -141,8 +148,7 @@ def write_page(folder: Path, points: list[dict]) -> Path:
                 asked.append(tag("details", tag("summary", "Then rate what a VLM suggests"), [
                     choice(f"{y} (1: harms, 2: right but vague, 3: would repair it)", "rating",
                            [1, 2, 3], id=x["id"], suggestion=y) for y in rated]))
-        cards.append(tag("article", tag("h3", x["id"]), [shown(y) for y in x["parts"]], asked,
-                         class_="card"))
+        cards.append(tag("article", tag("h3", x["id"]), shown(x["parts"]), asked, class_="card"))
     collabvr.write_file(folder / "label.html", report.document("Decision points", [
         tag("nav", tag("button", "Save labels.jsonl", type="button"), " ", tag("output")),
         tag("h1", "Decision points"), tag("p", "What you choose is kept in this browser."), *cards],

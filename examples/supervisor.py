@@ -18,9 +18,11 @@ which those of one run are not quite.
 """
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,9 +150,11 @@ def estimate(statistic, *columns: list) -> str:
     if len(columns[0]) < 2:
         return "-"
     arrays = [np.array(x) for x in columns]
-    low, high = needed("scipy.stats").bootstrap(
-        arrays, statistic, paired=True, vectorized=False, n_resamples=2000, method="percentile",
-        rng=np.random.default_rng(0)).confidence_interval
+    with warnings.catch_warnings():  # that a resample holds one kind of verdict only
+        warnings.simplefilter("ignore")
+        low, high = needed("scipy.stats").bootstrap(
+            arrays, statistic, paired=True, vectorized=False, n_resamples=2000,
+            method="percentile", rng=np.random.default_rng(0)).confidence_interval
     return f"{statistic(*arrays):.3f} ({low:.2f}-{high:.2f})"
 
 
@@ -176,7 +180,8 @@ def verifier(labels: list, said: dict) -> list:
     pairs = verdicts(labels, said)
     recalls = [share([a == b for a, b in pairs if a in kinds])
                for kinds in (["accept"], ["reject"], ["accept", "reject"])]
-    kappa = needed("sklearn.metrics").cohen_kappa_score
+    kappa = functools.partial(needed("sklearn.metrics").cohen_kappa_score,
+                              replace_undefined_by=0.0)  # all of one kind: nothing but chance
     return [len(pairs), *recalls, estimate(kappa, *columns(pairs))]
 
 

@@ -4,7 +4,7 @@
     python examples/maze/compare.py --out runs/compare --methods single,collabvr --mazes 10
     python examples/maze/compare.py --out runs/compare --methods collabvr,qwen9b,qwen27b,gemini
     python examples/maze/compare.py --out runs/compare --segments foreign --mazes 100
-    python examples/maze/compare.py .. --segments foreign --methods route1,best1,replan1    A.5
+    python examples/maze/compare.py .. --methods route1,best1,replan1   what follows M = 1 rejections
 
 The mazes come from seeds that training never used; `foreign` ones are made and drawn by another
 program, in other palettes, and get as many steps as their path has segments. A score comes from
@@ -40,7 +40,6 @@ import collabvr
 SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
     "gemini": vlm.Errors(0.848, 0.656, 0.680, 1), "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
     "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3)}
-POLICIES = ["route", "best", "replan"]  # after M rejections; tried with M = 1, when it matters most
 METHODS = {  # name: (class, what differs from the defaults of collabvr.Config)
     **{name: (method, {}) for name, method in baselines.METHODS.items()},
     "best": (collabvr.CollabVR, {"on_exhausted": "best"}),  # M1+M2 without router
@@ -49,7 +48,7 @@ METHODS = {  # name: (class, what differs from the defaults of collabvr.Config)
     **{f"attempts{k}": (baselines.M2, {"M": k}) for k in range(1, 6)},  # as in Fig. 13
     **{name: (collabvr.CollabVR, {}) for name in SUPERVISORS},
     **{f"{name}{x}1": (collabvr.CollabVR, {"on_exhausted": x, "M": 1})
-       for name in ["", *(f"{k}-" for k in SUPERVISORS)] for x in POLICIES}}
+       for name in ["", *(f"{k}-" for k in SUPERVISORS)] for x in ("route", "best", "replan")}}
 HEADLINE = "single,pass2,pass4,videotpo,preplan,m1,m2,collabvr,best,replan"
 NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
 
@@ -153,13 +152,12 @@ def exhausted(calls: list[dict], config: collabvr.Config) -> list[tuple[str, boo
     said = [x for x in calls if x["role"] in ("verifier", "router") and "reply" in x]
     out = []
     for i, x in enumerate(said):
-        step = [y["reply"] for y in said[: i + 1] if y["t"] == x["t"] and y["role"] == "verifier"]
-        if x["role"] == "verifier" and len(step) == config.M and step[-1]["verdict"] == "reject":
-            route = next((y["reply"]["action"] for y in said[i + 1 : i + 2]
-                          if y["role"] == "router"), config.on_exhausted)
-            later = [y["reply"]["verdict"] == "accept" for y in said[i + 1 :]
-                     if y["role"] == "verifier"]
-            out.append((route, later[0] if later else None))
+        tries = sum(y["t"] == x["t"] for y in said[: i + 1])
+        if tries == config.M and x["reply"]["verdict"] == "reject":
+            routes = [y["reply"]["action"] for y in said[i + 1 : i + 2] if y["role"] == "router"]
+            later = [y["reply"]["verdict"] for y in said[i + 1 :] if y["role"] == "verifier"]
+            out.append(((routes or [config.on_exhausted])[0],
+                        later[0] == "accept" if later else None))
     return out
 
 
@@ -255,6 +253,25 @@ def table10(rows: list[dict], args) -> str:
     return "\n".join(lines)
 
 
+def exhaustion(rows: list[dict], args) -> str:
+    """What became of steps with M rejections, and what it changed against the first method."""
+    first, heads = args.methods[0], "such mazes | solved of them | route: next clip accepted"
+    lines = [f"| method | {heads} | solved, minus {first} | VGM s, minus {first} |",
+             "|---|---|---|---|---|---|"]
+    for method in args.methods:
+        mine, base = ([r for r in rows if r["method"] == m] for m in (method, first))
+        hit = [r for r in mine if r.get("exhausted")]
+        ways = [tuple(x) for r in hit for x in r["exhausted"]]
+        told = [f"{k} {ways.count((k, True))} of {sum(x[0] == k for x in ways)}"
+                for k in sorted({x[0] for x in ways})]
+        differences = ([a[k] - b[k] for a, b in zip(mine, base)] for k in ("solved", "vgm_seconds"))
+        cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(np.mean(x), *interval(x, "difference"))
+                 for x in differences]
+        lines.append(f"| {method} | {len(hit)} | {sum(r['solved'] for r in hit):.0f} | "
+                     f"{', '.join(told)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # -------------------------------------------------------------------------------------- figures
 
 
@@ -340,6 +357,8 @@ def main(argv=None) -> int:
     results = {"mazes": args.mazes, "seed": args.seed, "rows": table}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table1(table, args), table10(rows, args), sep="\n\n")
+    if any(r.get("exhausted") for r in rows):
+        print("", exhaustion(rows, args), sep="\n")
     figures(table, args)
     return 0
 

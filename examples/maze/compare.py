@@ -4,7 +4,7 @@
     python examples/maze/compare.py --out runs/compare --methods single,collabvr --mazes 10
     python examples/maze/compare.py --out runs/compare --methods collabvr,qwen9b,qwen27b,gemini
     python examples/maze/compare.py --out runs/compare --segments foreign --mazes 100
-    python examples/maze/compare.py .. --methods route1,best1,replan1   what follows M = 1 rejections
+    python examples/maze/compare.py .. --methods route1,best1,replan1   what follows a rejection
 
 The mazes come from seeds that training never used; `foreign` ones are made and drawn by another
 program, in other palettes, and get as many steps as their path has segments. A score comes from
@@ -356,9 +356,7 @@ def main(argv=None) -> int:
     table = summaries(rows, args)
     results = {"mazes": args.mazes, "seed": args.seed, "rows": table}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table1(table, args), table10(rows, args), sep="\n\n")
-    if any(r.get("exhausted") for r in rows):
-        print("", exhaustion(rows, args), sep="\n")
+    print(table1(table, args), table10(rows, args), exhaustion(rows, args), sep="\n\n")
     figures(table, args)
     return 0
 

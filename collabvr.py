@@ -505,10 +505,7 @@ class OpenAIVLM:
 
     identity = property(lambda self: {k: v for k, v in asdict(self).items()
                                       if k not in ("vlm_url", "timeout")})
-
-    @property
-    def host(self) -> str:
-        return self.vlm_url.split("/")[2]
+    host = property(lambda self: self.vlm_url.split("/")[2])
 
     @contextlib.contextmanager
     def client(self, max_retries: int = 6):
@@ -665,16 +662,19 @@ def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
     return w, h
 
 
-def load_generator(name: str, arguments: dict[str, str]):
-    """FILE.py:NAME as `vgm`, a class built with the arguments. An edited file is another one."""
-    file, _, attribute = name.rpartition(":")
+def load_generator(wan: Wan, given: dict[str, str]):
+    """`wan`, or FILE.py:NAME in its place; a class gets what is given. An edited file is another
+    generator. Raises Problem."""
+    if not given and not re.search(r"\.py(:|$)", wan.vgm):
+        return wan
+    file, _, name = wan.vgm.rpartition(":")
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
-    with explained(f"--vgm {name} cannot be loaded; it takes FILE.py:NAME", Exception):
-        made = runpy.run_path(file, run_name="vgm")[attribute]
-        vgm: Any = functools.partial(made(**arguments) if isinstance(made, type) else made)
+    with explained(f"--vgm {wan.vgm} cannot be loaded as FILE.py:NAME", Exception):
+        made = runpy.run_path(file, run_name="vgm")[name]
+        vgm: Any = functools.partial(made(**given) if given or isinstance(made, type) else made)
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     vgm.check = getattr(vgm.func, "check", lambda seconds: None)
-    vgm.identity = {"name": attribute, "code": code, "arguments": arguments}
+    vgm.identity = {"name": name, "code": code, "arguments": given}
     return vgm
 
 
@@ -779,14 +779,13 @@ class Command:
 
     def run(self, running: list[Models]) -> None:
         """Checks, runs, saves, tells. `running` gets the models as soon as they may be called."""
-        config, vlm, vgm, q = self.config, self.vlm, self.vgm, self.task.strip()
+        config, vlm, wan, q = self.config, self.vlm, self.vgm, self.task.strip()
         if not q or q != q.encode(errors="replace").decode():
             raise Problem("The task is empty or no text: say what the video should show.")
         I0, given = load_image(self.image), dict(x.partition("=")[::2] for x in self.vgm_arg)
         shown = {k: "***" if SECRET.search(k) else v for k, v in given.items()}
-        chosen = asdict(config) | asdict(vlm) | asdict(vgm) | {"seed": self.seed, "vgm_arg": shown}
-        if re.search(r"\.py(:|$)", vgm.vgm):
-            vgm = load_generator(vgm.vgm, given)
+        chosen = asdict(config) | asdict(vlm) | asdict(wan) | {"seed": self.seed, "vgm_arg": shown}
+        vgm = load_generator(wan, given)
         stem = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
         out = self.out or Path("runs", f"{stem}-{digest(I0, q, chosen)[:8]}")
         if self.dry_run or not any(x.stat().st_size for x in out.glob("calls.jsonl")):

@@ -925,9 +925,11 @@ XT = ["--image", "X", "--task", "t"]  # X becomes the picture
     ([*XT, "--on-exhausted", "stop"], "--on-exhausted"),
     ([*XT, "--request-extra", "{"], "request_extra"),
     ([*XT, "--vgm", "no.py:g"], "--vgm no.py:g cannot be loaded"),
-    ([*XT, "--vgm", __file__], "it takes FILE.py:NAME"),
-    ([*XT, "--vgm", __file__ + ":nobody"], "it takes FILE.py:NAME"),
-    ([*XT, "--vgm", __file__ + ":ROLE"], "it takes FILE.py:NAME"),
+    ([*XT, "--vgm", __file__], "as FILE.py:NAME"),
+    ([*XT, "--vgm", __file__ + ":nobody"], "as FILE.py:NAME"),
+    ([*XT, "--vgm", __file__ + ":ROLE"], "as FILE.py:NAME"),
+    ([*XT, "--vgm", __file__ + ":painted", "--vgm-arg", "fps=4"], "as FILE.py:NAME"),
+    ([*XT, "--vgm", "hub/model", "--vgm-arg", "fps=4"], "as FILE.py:NAME"),
     ([*XT, "--colour"], "--colour"),
     ([*XT, "--n-max", "2"], "--n-max"),
     (XT, "No API key for generativelanguage.googleapis.com"),
@@ -1438,8 +1440,9 @@ def test_kill_9_loses_at_most_the_call_under_way(job, tmp_path):
 # ------------------------------------------------------------------------------------- anything
 
 
-quick = hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(
-    hypothesis.HealthCheck))
+quick = hypothesis.settings(
+    max_examples=200 if "COLLABVR_SLOW" in os.environ else 25, deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck))
 words = st.text(st.characters(exclude_characters="\0"))
 
 

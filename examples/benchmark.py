@@ -23,7 +23,6 @@ import logging
 import os
 import pickle
 import queue
-import re
 import sys
 import threading
 import time
@@ -234,10 +233,9 @@ class Runner:
 
     def __init__(self, command: Run):
         logging.getLogger("collabvr").setLevel(logging.WARNING)  # a bar is shown, not every call
-        self.command, vgm = command, command.vgm
-        if re.search(r"\.py(:|$)", vgm.vgm):
-            given = dict(x.partition("=")[::2] for x in command.vgm_arg)
-            vgm = collabvr.load_generator(vgm.vgm, given)
+        self.command = command
+        vgm = collabvr.load_generator(
+            command.vgm, dict(x.partition("=")[::2] for x in command.vgm_arg))
         vgm.check(min(command.config.seconds_first, command.config.seconds_next))
         self.vgm = OneAtATime(vgm)
 

@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -37,6 +38,8 @@ from collabvr import Clip, Problem, checked, digest, explained, first_line, fit,
 
 POLL = 1.0  # between two looks at a job, s
 PAUSES = (1, 2, 4, 8, 16, 32)  # before a request that got no usable answer is repeated, s
+# it keeps no connection: a POST over one that is just being closed may or may not arrive
+HTTP = httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 @settings(config=checked, eq=False)
@@ -76,6 +79,7 @@ class Served:
         ValueError if its clip is not what was asked for."""
         size = fit(frame.shape[1], frame.shape[0], 16)
         picture = Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)
+        picture.save(png := io.BytesIO(), "PNG")
         form = {"prompt": prompt, "model": self.model, "seed": seed, "fps": self.fps,
                 "num_frames": 4 * int(seconds * self.fps / 4 + 1e-6) + 1,
                 "size": "{}x{}".format(*size),  # SGLang takes the shape from the picture
@@ -84,18 +88,16 @@ class Served:
                 "guidance_scale_2": self.guidance_scale, "negative_prompt": "",
                 "output_quality": "maximum", **self.fields}
         form = {k: v if isinstance(v, str) else json.dumps(v) for k, v in form.items()}
-        picture.save(png := io.BytesIO(), "PNG")
         sent = {"data": form, "files": {"input_reference": ("frame.png", png.getvalue())}}
         if self.sync:
             return self.decode(self.submit("videos/sync", self.timeout, sent).content, form)
         job = self.jobs / digest(self.url, form, np.array(picture))
-        with explained(f"{self.jobs} cannot be written to", OSError):
-            self.jobs.mkdir(parents=True, exist_ok=True)
         if old := job.exists():
             log.info("picks up job %s", job.read_text())
         else:
-            name = body(self.submit("videos", 60, sent)).get("id")
-            if not isinstance(name, str):
+            with explained(f"{self.jobs} cannot be made", OSError):  # now, not after the POST
+                self.jobs.mkdir(parents=True, exist_ok=True)
+            if not isinstance(name := body(self.submit("videos", 60, sent)).get("id"), str):
                 raise Problem(f"{self.url} named no job; does it make videos?")
             collabvr.write_file(job, name.encode())
         try:
@@ -134,7 +136,7 @@ class Served:
                 if status == "failed" or answer.status_code == 404:
                     raise RuntimeError(f"the server could not make the clip ({told(answer)})")
                 if status not in ("queued", "in_progress"):
-                    raise Problem(f"{answer.url} is in no known state ({told(answer)}).")
+                    raise Problem(f"{answer.url} has no clip and no known status ({told(answer)}).")
                 bar.n = int(body(answer).get("progress") or 0)
                 bar.set_postfix_str(status)
                 time.sleep(POLL)
@@ -159,28 +161,28 @@ class Served:
         second job: a GET, and a POST that was answered with 429 or 503 or whose connection never
         stood. No redirect is followed: the key stays with this host. Raises Problem."""
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-        key = os.environ.get("SERVED_API_KEY", "").strip()
-        if not (key.isascii() and key.isprintable()):  # the client would quote it in its error
-            raise Problem("SERVED_API_KEY holds what no HTTP header can carry.")
+        key = os.environ.get("SERVED_API_KEY", "")
+        if not re.fullmatch("[!-~]*", key):  # nor could it be found in what is said, and masked
+            raise Problem("SERVED_API_KEY holds spaces or other signs that are in no key.")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(min(wait, self.timeout), connect=min(wait, 8))
         for pause in (*(PAUSES if repeat else ()), None):
             try:
-                answer = httpx2.request(method, url, timeout=timeout, follow_redirects=False,
-                                        headers={"Authorization": f"Bearer {key}"} if key else {},
-                                        **content)
+                answer = HTTP.request(method, url, headers=headers, timeout=timeout, **content)
                 code = answer.status_code
                 again = code in (429, 503) or (code >= 500 and method == "GET")
                 if not again or body(answer).get("status") == "failed":  # a job's, of vLLM-Omni
                     return answer
                 fault, asked = told(answer), retry_after(answer)
             except httpx2.TransportError as error:
-                fault, asked = first_line(error), None
+                fault, asked = first_line(error), 0
                 unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
                 if method == "POST" and not unsent:
                     raise Problem(f"{url} gave no answer ({fault}); the job may run all the same.")
             if pause:
-                log.warning("%s: %s; again in %.0f s", url, fault, asked or pause)
-                time.sleep(min(asked or pause, self.timeout))
+                pause = min(asked or pause, self.timeout)
+                log.warning("%s: %s; again in %.0f s", url, fault, pause)
+                time.sleep(pause)
         raise Problem(f"{url} gives no usable answer ({fault}).")
 
 

@@ -95,11 +95,12 @@ class Served:
         if old := job.exists():
             log.info("picks up job %s", job.read_text())
         else:
-            with explained(f"{self.jobs} cannot be made", OSError):  # now, not after the POST
+            with explained(f"{self.jobs} cannot be written to", OSError):
                 self.jobs.mkdir(parents=True, exist_ok=True)
-            if not isinstance(name := body(self.submit("videos", 60, sent)).get("id"), str):
-                raise Problem(f"{self.url} named no job; does it make videos?")
-            collabvr.write_file(job, name.encode())
+                name = body(self.submit("videos", 60, sent)).get("id")
+                if not isinstance(name, str):
+                    raise Problem(f"{self.url} named no job; does it make videos?")
+                collabvr.write_file(job, name.encode())
         try:
             # The file stays: a clip is safe only when Models has it, and until then the same
             # command must find the job. A few bytes a clip are no burden.
@@ -125,7 +126,8 @@ class Served:
         """The job's MP4, when it is done. A status that is not known is neither success nor a
         reason to wait. Raises Problem; RuntimeError if the job failed or is forgotten."""
         path, end = f"videos/{quote(job.read_text(), safe='')}", time.monotonic() + self.timeout
-        with tqdm(total=100, desc="clip", unit="%", leave=False, disable=None) as bar:
+        look = "clip {percentage:3.0f}% |{bar}| {elapsed}{postfix}"
+        with tqdm(total=100, bar_format=look, leave=False, disable=None) as bar:
             while time.monotonic() < end:
                 answer = self.send("GET", path)
                 status = body(answer).get("status")

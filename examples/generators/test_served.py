@@ -260,6 +260,20 @@ def test_a_look_that_goes_wrong_is_repeated(server, vgm, answer):
     assert not server.first and len(server.posts) == 1
 
 
+def test_a_server_that_stays_away_stops_the_run_and_its_job_is_kept(server, vgm):
+    server.first = [("GET", 0, {}, None)] * 7
+    with pytest.raises(c.Problem, match=f"{server.url}/v1/videos/video_1 gives no usable answer"):
+        vgm(I0, "q", 1.0, 3)
+    assert len(vgm(I0, "q", 1.0, 3).frames) == 9 and len(server.posts) == 1
+
+
+def test_a_post_is_repeated_while_nobody_listens(vgm, caplog):
+    vgm.url = "http://127.0.0.1:1"
+    with pytest.raises(c.Problem, match="http://127.0.0.1:1/v1/videos gives no usable answer"):
+        vgm(I0, "q", 1.0, 3)
+    assert caplog.text.count("again in") == 6
+
+
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("header", ["1", "date"])
 def test_a_busy_server_gets_the_job_when_it_said_it_would(server, vgm, status, header):
@@ -363,6 +377,20 @@ def test_an_old_job_that_failed_or_lost_its_clip_is_made_anew(server, vgm):
     vgm(I0, "q", 1.0, 3)
     server.clips.clear()
     assert len(vgm(I0, "q", 1.0, 3).frames) == 9 and len(server.posts) == 3
+
+
+def test_no_job_is_submitted_whose_id_cannot_be_kept(server, vgm, tmp_path):
+    (tmp_path / "jobs").write_text("a file")
+    with pytest.raises(c.Problem, match="jobs cannot be written to"):
+        vgm(I0, "q", 1.0, 3)
+    assert not server.posts
+
+
+@pytest.mark.parametrize("answer", [{}, {"id": None}, [], b"hello"])
+def test_an_answer_that_names_no_job_stops(server, vgm, answer):
+    server.first = [("POST", 200, {}, answer)]
+    with pytest.raises(c.Problem, match=f"{server.url} named no job"):
+        vgm(I0, "q", 1.0, 3)
 
 
 def child(code, server, tmp_path):

@@ -104,7 +104,7 @@ class Served:
         try:
             # The file stays: a clip is safe only when Models has it, and until then the same
             # command must find the job. A few bytes a clip are no burden.
-            return self.decode(self.wait(job), form)
+            return self.decode(self.fetch(job), form)
         except Problem:
             raise
         except Exception:  # nothing will come of this job
@@ -122,7 +122,7 @@ class Served:
             raise Problem(f"{self.url} refuses the job ({told(answer)}).")
         return answer
 
-    def wait(self, job: Path) -> bytes:
+    def fetch(self, job: Path) -> bytes:
         """The job's MP4, when it is done. A status that is not known is neither success nor a
         reason to wait. Raises Problem; RuntimeError if the job failed or is forgotten."""
         path, end = f"videos/{quote(job.read_text(), safe='')}", time.monotonic() + self.timeout

@@ -317,7 +317,7 @@ def test_an_endless_job_ends_with_the_timeout_and_is_waited_for_again(server, vg
 
 @pytest.mark.parametrize("status", ["paused", "succeeded", None, 7])
 def test_an_unknown_status_is_no_success_and_no_endless_wait(server, vgm, status):
-    server.shown = lambda job: job | {"status": status}
+    server.shown, vgm.timeout = lambda job: job | {"status": status}, 5
     with pytest.raises(c.Problem, match=f"{server.url}/v1/videos/video_1 has .* no known status"):
         vgm(I0, "q", 1.0, 3)
     server.shown = lambda job: job

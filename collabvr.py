@@ -674,7 +674,7 @@ def load_generator(wan: Wan, given: dict[str, str]):
         vgm: Any = functools.partial(made(**given) if given or isinstance(made, type) else made)
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     vgm.check = getattr(vgm.func, "check", lambda seconds: None)
-    vgm.identity = {"name": name, "code": code, "arguments": given}
+    vgm.identity = {"name": name, "code": code} | getattr(vgm.func, "identity", given)
     return vgm
 
 

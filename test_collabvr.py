@@ -1330,6 +1330,23 @@ class Painter:
         assert c.main([*job, "--vlm-url", endpoint.url, "--vgm-arg", "colour=a=b"]) == 0
 
 
+def test_a_class_that_says_what_changes_its_answers_keeps_its_clips_when_something_else_changes(
+        job, tmp_path):
+    (tmp_path / "gen.py").write_text(GENERATOR + """
+class Served:
+    def __init__(self, url, fps="4"):
+        self.identity = {"fps": fps}
+    def __call__(self, *request):
+        return painter(*request)
+""")
+    job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:Served"
+    with Endpoint(plan(), accept(), accept()) as endpoint:
+        for given in (["url=a"], ["url=b"], ["url=b", "fps=5"]):
+            given = [x for name in given for x in ("--vgm-arg", name)]
+            assert c.main([*job, "--vlm-url", endpoint.url, *given]) == 0
+    assert (tmp_path / "count").read_text() == "xx"
+
+
 def test_a_page_in_place_of_the_list_of_models_is_noticed(job, capsys):
     page = 200, "<html>hello</html>"
     with Endpoint(page) as endpoint:

@@ -233,7 +233,7 @@ def test_a_clip_has_the_pictures_shape_and_its_first_frame_is_the_picture(
     wanted = np.array(Image.fromarray(given).resize((w, h), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(clip.frames[0] - wanted).mean() < 4, "the codec's losses"
     for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
-        assert np.abs(clip.frames[0][edge] - wanted[edge]).mean() < 10, "no black"
+        assert np.abs(clip.frames[0][edge] - wanted[edge]).mean() < 6, "no black"
     moved = {(dy, dx): np.abs(np.roll(clip.frames[0], (dy, dx), (0, 1)) - wanted).mean()
              for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
     assert min(moved, key=moved.get) == (0, 0)
@@ -250,6 +250,13 @@ def test_the_size_is_the_same_at_every_step_and_the_picture_does_not_wander(
     assert len({clip.frames.shape for clip in clips}) == 1
     first, last = (clips[i].frames[0].astype(int) for i in (0, -1))
     assert np.abs(first - last).mean() < 4
+
+
+def test_colours_do_not_drift_over_three_steps(google, make):
+    vgm, frame = make(), np.full((400, 16, 3), (201, 158, 93), np.uint8)
+    for t in range(3):
+        frame = vgm(frame, "a", 4, t).frames[-1]
+    assert np.abs(frame.reshape(-1, 3).mean(0) - (201, 158, 93)).max() < 1.5
 
 
 def test_what_was_cut_out_of_a_clip_fits_its_place_exactly():
@@ -297,7 +304,7 @@ def test_colours_survive_hd_videos_own_kind_of_yuv(google, make):
 
     google.film, red = hd, np.full((90, 160, 3), (220, 40, 30), np.uint8)
     seen = make()(red, "a", 4, 0).frames[0].reshape(-1, 3).mean(0)
-    assert np.abs(seen - (220, 40, 30)).max() < 4
+    assert np.abs(seen - (220, 40, 30)).max() < 2
 
 
 def test_four_seconds_as_veo_sends_them_are_96_frames_of_which_95_are_new(google, make):
@@ -319,7 +326,7 @@ FILTERED = {"raiMediaFilteredCount": 1, "raiMediaFilteredReasons": ["the input v
 def test_an_operation_without_a_video_is_a_failed_generation_with_googles_reason(
         dialect, outcome, said, google, make, tmp_path):
     google.outcome = outcome
-    with pytest.raises(RuntimeError, match=f"Veo made no clip: .*{said}"):
+    with pytest.raises(RuntimeError, match=f"^Veo made no clip: .*{said}"):
         make(dialect)(STRIP, "a", 4, 0)
     assert not any((tmp_path / "jobs").iterdir()), "it would fail for ever"
 

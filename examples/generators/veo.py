@@ -7,8 +7,8 @@
 
 These lengths and M are the paper's (App. A.1); its three steps are the default. Models come and go:
 its veo-3.1-fast-generate-preview is said to have left the Gemini API on 2026-10-22, with all of
-Veo, and google-genai 3 knows Veo on Vertex only. The clip is as it comes: 8 s are 192 frames, of
-which frame 0 is the input, so 191/24 s of it are new; H.264, so a step ends a little worn.
+Veo, and google-genai 3 knows Veo on Vertex only. A clip is taken as it comes: 8 s at 24 fps are 192
+frames, and as frame 0 is the input, 191/24 s are new; H.264, so each step loses a little.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
 from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
@@ -35,6 +36,7 @@ import collabvr
 from collabvr import Attempt, Clip, CollabVR, History, Problem, Reply, Result, explained
 
 WIDTH, HEIGHT = 1280, 720  # 16:9 at 720p, Veo's smallest
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 @settings(config=collabvr.checked, eq=False)
@@ -46,7 +48,7 @@ class Veo:
     location: str = "us-central1"  # of Vertex
     # of a gateway in place of Google; its key is VEO_API_KEY
     url: Annotated[str, Field(pattern=f"^$|{collabvr.URL}")] = ""
-    dollars_per_second: Annotated[float, Field(ge=0)] = 0.15  # Veo 3.1 Fast, with sound (App. C.3)
+    dollars_per_second: Annotated[float, Field(ge=0)] = 0.15  # Veo 3.1 Fast in the paper (C.3)
     poll_seconds: Annotated[float, Field(gt=0)] = 10.0  # between two looks whether a clip is done
     timeout: Annotated[float, Field(gt=0)] = 900.0  # longest wait for a clip, s
     jobs: Path = Path("runs/veo")  # keeps what was ordered, so that a crash does not pay twice
@@ -115,7 +117,7 @@ class Veo:
         genai = needed("google.genai")
         config = {"aspect_ratio": "16:9", "resolution": "720p", "duration_seconds": seconds,
                   "http_options": {"retry_options": {"attempts": 1}}}
-        if self.project:  # the Gemini API takes no seed, and always makes sound
+        if self.project:  # google-genai has neither for the Gemini API
             config |= {"seed": seed % 2**31, "generate_audio": False}
         picture = {"image_bytes": image, "mime_type": "image/png"}
         with explained(f"{self.host} did not start a clip of {self.model}", Exception):
@@ -134,7 +136,7 @@ class Veo:
         """The MP4 of the operation that `job` names, as soon as it is there."""
         genai, end = needed("google.genai"), time.monotonic() + self.timeout
         operation = genai.types.GenerateVideosOperation(name=job.read_text())
-        lost = f"The clip that {job} names did not come; the same command goes on from there"
+        lost = f"The clip that {job} names did not come; the same command goes on"
         with explained(lost, Exception), tqdm(desc="Veo", bar_format="{desc}: {elapsed}",
                                               leave=False, disable=None) as bar:
             try:
@@ -148,10 +150,9 @@ class Veo:
                     job.unlink()
                 raise
         response = operation.response
-        if operation.error or not response or not response.generated_videos:
-            said = [(operation.error or {}).get("message"),
-                    *(response and response.rai_media_filtered_reasons or [])]
-            raise RuntimeError(f"Veo made no clip: {' '.join(filter(None, said)) or 'no reason'}")
+        if not response or not response.generated_videos:
+            said = operation.error or (response and response.rai_media_filtered_reasons)
+            raise RuntimeError(f"Veo made no clip: {said or 'no reason given'}")
         video = response.generated_videos[0].video
         with explained(lost, Exception):
             return video.video_bytes or self.client.files.download(file=video)
@@ -177,12 +178,22 @@ def letterbox(frame: np.ndarray, box: tuple[int, int, int, int]) -> bytes:
 
 
 def unboxed(mp4: bytes, box: tuple[int, int, int, int]) -> Clip:
-    """What lies in the box, of a video of any size. Raises RuntimeError if that is not 16:9."""
+    """What lies in the box, whatever the video's size. RuntimeError if the video is not 16:9. Cut
+    out before it becomes RGB, or the bars run into it; and rounded, or every step is darker."""
+    left, top, right, bottom = box
+    w, h = right - left, bottom - top
     with av.open(io.BytesIO(mp4)) as file:
         stream = file.streams.video[0]
-        if abs(stream.width / stream.height * HEIGHT / WIDTH - 1) > 0.01:
+        k = stream.width / WIDTH
+        if abs(k * HEIGHT / stream.height - 1) > 0.01:
             raise RuntimeError(f"Veo sent {stream.width}x{stream.height} pixels, which is not 16:9")
-        frames = [x.to_image(width=WIDTH, height=HEIGHT).crop(box) for x in file.decode(stream)]
+        cut, frames = av.filter.Graph(), []
+        cut.link_nodes(cut.add_buffer(template=stream),
+                       cut.add("crop", ":".join(str(round(k * x)) for x in (w, h, left, top))),
+                       cut.add("buffersink")).configure()
+        for frame in file.decode(stream):
+            cut.push(frame)
+            frames.append(cut.pull().reformat(w, h, "rgb24", interpolation=EXACT).to_ndarray())
         return Clip(np.stack(frames), float(stream.average_rate))
 
 

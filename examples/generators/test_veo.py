@@ -138,26 +138,12 @@ def google():
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def private_key():
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-    return rsa.generate_private_key(65537, 2048).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption()).decode()
-
-
 @pytest.fixture
-def make(google, private_key, tmp_path, monkeypatch):
-    """Makes a Veo that asks the server, in the dialect named, with credentials as users have."""
-    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_GENAI_USE_VERTEXAI"):
+def make(google, tmp_path, monkeypatch):
+    """Makes a Veo that asks the server, in the dialect named."""
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VEO_API_KEY", KEY)
-    file = tmp_path / "service-account.json"
-    file.write_text(json.dumps({
-        "type": "service_account", "project_id": "p", "private_key": private_key,
-        "client_email": "me@p.iam.gserviceaccount.com", "token_uri": f"{google.url}/token"}))
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
 
     def made(dialect="vertex", **given):
         project = {"vertex": "my-project", "gemini": ""}[dialect]
@@ -194,11 +180,10 @@ def test_an_order_holds_the_prompt_the_length_and_the_picture_between_bars(diale
         asked |= {"seed": 7, "generateAudio": False}
         assert order["path"] == ("/v1beta1/projects/my-project/locations/us-central1/publishers/"
                                  "google/models/veo-3.1-fast-generate-001:predictLongRunning")
-        assert order["headers"]["Authorization"] == "Bearer a-token" and google.tokens == 1
-        assert not order["headers"]["x-goog-api-key"]
+        assert order["headers"]["Authorization"] == f"Bearer {KEY}"
     else:
         assert order["path"] == "/v1beta/models/veo-3.1-fast-generate-001:predictLongRunning"
-        assert order["headers"]["x-goog-api-key"] == KEY and not google.tokens
+        assert order["headers"]["x-goog-api-key"] == KEY
     assert parameters == asked
 
 
@@ -214,7 +199,7 @@ def test_a_length_that_veo_cannot_make_is_one_sentence_before_anything_is_asked(
     for call in (lambda x: x.check(seconds), lambda x: x(picture(64, 64), "a", seconds, 0)):
         with pytest.raises(c.Problem, match=rf"4, 6 or 8 s, not {seconds:g}.*--seconds-next 4"):
             call(make())
-    assert not google.orders and not google.tokens
+    assert not google.orders
 
 
 # -------------------------------------------------------------------- letterboxing and its removal
@@ -414,18 +399,47 @@ def test_the_dollars_of_what_was_ordered_are_told_with_every_clip(google, make, 
 # ----------------------------------------------------------------------------- keys, and the start
 
 
-@pytest.mark.parametrize("hint, names, setting", [
-    ("set VEO_API_KEY", ["GEMINI_API_KEY", "GOOGLE_API_KEY"], {}),
-    ("set GEMINI_API_KEY", ["VEO_API_KEY"], {"url": ""})])
-@pytest.mark.skipif(not BOTH, reason="google-genai 3 has given up Veo on the Gemini API")
-def test_googles_keys_go_to_google_only_and_a_gateway_has_its_own(
-        hint, names, setting, google, make, monkeypatch):
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_googles_keys_do_not_go_to_a_gateway(dialect, google, make, monkeypatch):
     monkeypatch.delenv("VEO_API_KEY")
-    for name in names:
-        monkeypatch.setenv(name, KEY)
-    with pytest.raises(c.Problem, match=f"No API key for .*{hint}.*project="):
-        make("gemini", **setting).check(4)
-    assert not google.orders
+    monkeypatch.setenv("GEMINI_API_KEY", "googles-own")
+    monkeypatch.setenv("GOOGLE_API_KEY", "googles-own")
+    with pytest.raises(c.Problem, match=f"No API key for {google.url}: set VEO_API_KEY"):
+        make(dialect)(STRIP, "a", 4, 0)
+    monkeypatch.setenv("VEO_API_KEY", KEY)
+    make(dialect)(STRIP, "a", 4, 0)
+    assert KEY in (headers := str(google.orders[0]["headers"])) and "googles-own" not in headers
+
+
+@pytest.mark.skipif(not BOTH, reason="google-genai 3 has given up Veo on the Gemini API")
+@pytest.mark.parametrize("name", ["GEMINI_API_KEY", "GOOGLE_API_KEY"])
+def test_a_gateways_key_does_not_go_to_google(name, google, make, monkeypatch):
+    monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", google.url)
+    with pytest.raises(c.Problem, match="No API key for Google: set GEMINI_API_KEY"):
+        make("gemini", url="").check(4)
+    monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("VEO_API_KEY", "the gateway's")
+    make("gemini", url="")(STRIP, "a", 4, 0)
+    assert google.orders[0]["headers"]["x-goog-api-key"] == KEY
+
+
+def test_vertex_itself_gets_a_token_of_googles_own_credentials(google, make, tmp_path, monkeypatch):
+    from cryptography.hazmat.primitives import serialization as kinds
+    from cryptography.hazmat.primitives.asymmetric import rsa
+    private = rsa.generate_private_key(65537, 2048).private_bytes(
+        kinds.Encoding.PEM, kinds.PrivateFormat.PKCS8, kinds.NoEncryption())
+    file = tmp_path / "service-account.json"
+    file.write_text(json.dumps({
+        "type": "service_account", "project_id": "another", "private_key": private.decode(),
+        "client_email": "me@another.iam.gserviceaccount.com", "token_uri": f"{google.url}/token"}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    monkeypatch.setenv("GOOGLE_VERTEX_BASE_URL", google.url)
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+    make(url="")(STRIP, "a", 4, 0)
+    (order,) = google.orders
+    assert order["headers"]["Authorization"] == "Bearer a-token" and google.tokens == 1
+    assert order["path"].startswith("/v1beta1/projects/my-project/locations/us-central1/")
+    assert KEY not in str(order["headers"])
 
 
 def test_without_a_project_google_genai_3_cannot_ask(make, monkeypatch):
@@ -437,7 +451,7 @@ def test_without_a_project_google_genai_3_cannot_ask(make, monkeypatch):
 def test_missing_credentials_are_one_sentence(make, monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "nowhere.json")
     with pytest.raises(c.Problem, match="Vertex needs Google's own credentials .*nowhere.json"):
-        make().check(4)
+        make(url="").check(4)
 
 
 def test_a_missing_google_genai_is_one_sentence(make, monkeypatch):
@@ -506,7 +520,7 @@ SOLVED, HALF, WRONG = verdict("accept", "complete", 1.0), verdict("accept"), ver
 @pytest.fixture
 def command(google, make, tmp_path, monkeypatch):
     """collabvr.py's, with Veo, a picture, and a VLM that finds it all well."""
-    make()  # for the credentials
+    make()  # for its key
     monkeypatch.setattr(c.OpenAIVLM, "check", lambda self: None)
     monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda _, *request: Script(
         plan() if "Plan" in request[2].__name__ else SOLVED)(*request))
@@ -545,7 +559,7 @@ def test_a_key_that_comes_back_in_an_error_is_neither_shown_nor_kept(
     assert "the key *** may not use Veo" in said and google.orders[0]["headers"]["x-goog-api-key"]
     google.outcome = {"error": {"code": 7, "message": f"the key {KEY} is spent"}}
     google.refuse.clear()
-    assert c.main([*command, *PAPER, "--vgm-arg=project="]) == 1
+    assert c.main([*command, *PAPER, "--vgm-arg=project=", "--out", "other"]) == 1
     said += "".join(capsys.readouterr())
     assert "the key *** is spent" in said and KEY not in said
     kept = [x for x in tmp_path.rglob("*") if x.is_file()]

@@ -44,9 +44,9 @@ class Veo:
     """Veo on Vertex, or by API key on what speaks the Gemini API. All clips of a picture have its
     shape in 720p: it is sent between black bars, and the bars are cut off what comes."""
     model: str = "veo-3.1-fast-generate-001"
-    project: str = ""  # of Google Cloud: Vertex is asked, with Google's own credentials
+    project: str = ""  # of Google Cloud: asks Vertex; "": the Gemini API
     location: str = "us-central1"  # of Vertex
-    # of a gateway in place of Google; its key is VEO_API_KEY
+    # of a gateway that speaks like Vertex or the Gemini API; it gets VEO_API_KEY and no other key
     url: Annotated[str, Field(pattern=f"^$|{collabvr.URL}")] = ""
     dollars_per_second: Annotated[float, Field(ge=0)] = 0.15  # Veo 3.1 Fast in the paper (C.3)
     poll_seconds: Annotated[float, Field(gt=0)] = 10.0  # between two looks whether a clip is done
@@ -69,25 +69,24 @@ class Veo:
         genai = needed("google.genai")
         options = {"base_url": self.url or None, "timeout": int(1000 * min(60, self.timeout)),
                    "retry_options": {}}  # its default: five tries
-        if self.project:
-            with explained("Vertex needs Google's own credentials", Exception):
-                credentials, _ = needed("google.auth").default(
-                    scopes=["https://www.googleapis.com/auth/cloud-platform"])
-            return genai.Client(vertexai=True, project=self.project, location=self.location,
-                                credentials=credentials, http_options=options)
-        if int(genai.__version__.split(".")[0]) > 2:
+        if not self.project and int(genai.__version__.split(".")[0]) > 2:
             raise Problem("google-genai 3 knows Veo on Vertex only: --vgm-arg project=YOURS, or "
                           "google-genai 2.34.0 for what else speaks the Gemini API.")
         names = ["VEO_API_KEY"] if self.url else ["GEMINI_API_KEY", "GOOGLE_API_KEY"]
         key = next(filter(None, map(os.environ.get, names)), None)
-        if not key:
-            raise Problem(f"No API key for {self.host}: set {names[0]}, or ask Vertex, by "
-                          "--vgm-arg project=YOURS.")
-        return genai.Client(vertexai=False, api_key=key, http_options=options)
-
-    @property
-    def host(self) -> str:
-        return self.url or ("Vertex" if self.project else "the Gemini API")
+        if self.project and not self.url:
+            with explained("Vertex needs Google's own credentials", Exception):
+                credentials, _ = needed("google.auth").default(
+                    scopes=["https://www.googleapis.com/auth/cloud-platform"])
+        elif not key:
+            raise Problem(f"No API key for {self.url or 'Google'}: set {names[0]}; or "
+                          "--vgm-arg project=YOURS asks Vertex with Google's own credentials.")
+        elif self.project:
+            credentials = needed("google.oauth2.credentials").Credentials(key)
+        else:
+            return genai.Client(vertexai=False, api_key=key, http_options=options)
+        return genai.Client(vertexai=True, project=self.project, location=self.location,
+                            credentials=credentials, http_options=options)
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
         """See "The two models". Raises Problem if Google cannot be asked or takes too long, and
@@ -120,7 +119,7 @@ class Veo:
         if self.project:  # google-genai has neither for the Gemini API
             config |= {"seed": seed % 2**31, "generate_audio": False}
         picture = {"image_bytes": image, "mime_type": "image/png"}
-        with explained(f"{self.host} did not start a clip of {self.model}", Exception):
+        with explained(f"{self.url or 'Google'} did not start a clip of {self.model}", Exception):
             for patience in (1, 2, 4, 8, 0):
                 try:
                     return self.client.models.generate_videos(
@@ -129,7 +128,7 @@ class Veo:
                 except genai.errors.APIError as error:
                     if error.code not in (429, 503) or not patience:
                         raise
-                    collabvr.log.info("Veo: %s is busy (%d)", self.host, error.code)
+                    collabvr.log.info("Veo: busy (%d)", error.code)
                     time.sleep(patience * self.poll_seconds)
 
     def delivery(self, job: Path) -> bytes:

@@ -171,7 +171,9 @@ STRIP = picture(16, 400)  # quick to encode
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_an_order_holds_the_prompt_the_length_and_the_picture_between_bars(dialect, google, make):
-    make(dialect)(picture(90, 90), "move it", 8.0, 7)
+    vgm = make(dialect)
+    vgm(picture(90, 90), "move it", 8.0, 7)
+    assert vgm.identity == {"model": "veo-3.1-fast-generate-001", "vertex": dialect == "vertex"}
     (order,) = google.orders
     (instance,), parameters = order["body"]["instances"], order["body"]["parameters"]
     assert instance["prompt"] == "move it" and instance["image"]["mimeType"] == "image/png"

@@ -477,6 +477,14 @@ def test_the_check_lets_a_server_pass_that_lists_no_models_or_this_one(server, v
         vgm.check(0.5)
 
 
+def test_colours_do_not_get_darker_from_step_to_step():
+    clip = c.Clip(np.full((5, 256, 256, 3), (201, 120, 60), np.uint8), 16)
+    form = {"num_frames": 5, "size": "256x256", "fps": 16}
+    for _ in range(5):
+        clip = served.Served().decode(c.encode_video(clip), form)
+    assert np.abs(clip.frames.mean((0, 1, 2)) - (201, 120, 60)).max() < 1.5
+
+
 @slow
 def test_a_server_that_does_not_answer_is_noticed_within_ten_seconds():
     with http.server.HTTPServer(("127.0.0.1", 0), None) as deaf:  # accepts, and says nothing

@@ -2,7 +2,7 @@ r"""Cosmos-Predict-2.5 as a generator, the paper's third (App. A.1), on a GPU of
 
     pip install cosmos-guardrail torchvision
     python collabvr.py .. --seconds-first 5 --seconds-next 5 \
-        --vgm examples/generators/cosmos.py:Cosmos --vgm-arg offload=model
+        --vgm examples/generators/cosmos.py:Cosmos
 
 NVIDIA's license asks for the guardrail: it refuses prompts, which here is a failed generation, and
 pixelates faces. Its own weights and the checkpoint may want an accepted license at the hub.
@@ -46,10 +46,14 @@ class Cosmos(Wan):
                 importlib.import_module(name)
         import diffusers
         import torch
+        import transformers
         cuda = torch.cuda.is_available()
         size = sum(x.stat().st_size for x in Path(self.vgm).glob("*/*.safetensors")) / 1e9
         if not cuda and not 0 < size < 2:
             raise Problem(f"{self.vgm} needs a CUDA GPU, or is no folder.")
+        if not sys.stderr.isatty():  # progress bars are for eyes, not for files
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
         with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever loaders raise
             pipe = diffusers.Cosmos2_5_PredictBasePipeline.from_pretrained(
                 self.vgm, revision=self.revision, use_safetensors=True, dtype=torch.bfloat16)

@@ -123,7 +123,7 @@ class Measurement:
                 rows[name] = self.measure(name, path.with_suffix(".mkv"), **ROWS[name])
                 with open(path, "a") as file:
                     file.write(json.dumps(rows[name]) + "\n")
-        what = "tiny" if self.small else "97 frames, 832x480"
+        what = "tiny" if self.small else "97 frames at 480p"
         print(Table(f"One clip ({what}, {self.vgm or 'random weights'}) on {card}", [
             "", "s/clip", "clips/hour", "peak GB", "skipped", "SSIM", "PSNR, dB"], [
             [k, x["seconds"], x["seconds"] and 3600 / x["seconds"], x["GB"], x["skipped"],
@@ -144,9 +144,9 @@ class Measurement:
                 wan.pipe = random_wan(TINY if self.small else A14B)
                 if wan.offload != "none":
                     wan.pipe.to("cpu")
-            if memory:
+            if budget:
                 torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(min(1.0, (budget or 1e3) * 1e9 / memory))
+                torch.cuda.set_per_process_memory_fraction(min(1.0, budget * 1e9 / memory))
             _ = wan.pipe if self.vgm else wan.place(wan.pipe)
             shape = (64, 64, 3) if self.small else (480, 832, 3)
             frame = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -173,7 +173,9 @@ class Measurement:
         wan = None
         gc.collect()
         torch.compiler.reset()
-        torch.cuda.empty_cache()
+        if memory:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)
         return {"row": name} | x
 
 

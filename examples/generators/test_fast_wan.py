@@ -5,8 +5,10 @@ import logging
 import os
 import pickle
 import sys
+import types
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,6 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     """A checkpoint of one expert that knows each token's own noise, as Wan2.2 TI2V-5B: sides are
     multiples of 32."""
-    import diffusers
     pipe, folder = measure_wan.random_wan(measure_wan.TINY), str(tmp_path_factory.mktemp("one"))
     expert = diffusers.WanTransformer3DModel(**measure_wan.TINY["expert"], in_channels=48,
                                              out_channels=48).to(torch.bfloat16)
@@ -163,7 +164,7 @@ def test_a_lora_changes_each_expert_and_brings_the_steps_and_the_guidance_it_wan
     assert (moved != clip(alike)).any()
 
 
-def test_a_lora_that_would_do_nothing_or_is_no_safetensors_file_gets_one_sentence(two, one, tmp_path):
+def test_a_lora_that_would_do_nothing_or_is_no_safetensors_gets_one_sentence(two, one, tmp_path):
     pytest.importorskip("peft", reason="LoRAs need peft: pip install -r examples/requirements.txt")
     from safetensors.torch import save_file
     good, foreign = write_lora(tmp_path / "good.safetensors", 1), tmp_path / "foreign.safetensors"
@@ -207,6 +208,37 @@ def test_an_attention_backend_that_is_not_there_gets_one_sentence(two, caplog, m
     assert "attention: native" in caplog.text
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """As if there were a GPU of 32 GB, as far as that goes without one: what is asked of it, in
+    order. The work itself stays on the CPU."""
+    asked: list = []
+    for name, answer in {
+            "is_available": True, "get_device_name": "Card", "mem_get_info": (32e9, 32e9),
+            "get_device_capability": (9, 0), "max_memory_reserved": 5e9, "empty_cache": None,
+            "get_device_properties": types.SimpleNamespace(total_memory=32_000_000_000),
+            "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda share: asked.append(("share", share)))
+    for name in ("to", "enable_model_cpu_offload", "enable_group_offload"):
+        monkeypatch.setattr(diffusers.WanImageToVideoPipeline, name, lambda self, *args, name=name,
+                            **_: asked.append((name, *args)))
+    return asked
+
+
+def test_on_a_gpu_the_weights_are_small_before_they_are_placed_and_are_placed_once(
+        two, card, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "collabvr")
+    seen = []
+    monkeypatch.setattr(diffusers.WanImageToVideoPipeline, "to", lambda self, device: seen.append(
+        (device, self.transformer_2.blocks[0].ffn.net[2].weight.dtype)))
+    _ = FastWan(vgm=two, fp8=True).pipe
+    assert seen == [("cuda", torch.float8_e4m3fn)]
+    assert "attention: native" in caplog.text and "offload none" in caplog.text
+    assert caplog.text.count("stored as float8") == 2
+
+
 # ---------------------------------------------------------------------------------- measure_wan
 
 
@@ -231,12 +263,24 @@ def test_each_option_is_a_row_a_failure_too_and_the_next_start_measures_only_tha
     assert "No CUDA GPU: a tiny model" in caplog.text
 
 
+def test_a_budget_of_memory_holds_for_its_row_only(card, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    names = ["24 GB: fp8, model offload", "24 GB: fp8, group offload", "plain"]
+    rows = [x for name in names for x in ("--row", name)]
+    assert measure_wan.main(["--small", *rows, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "on Card" in said and said.count("5.000") == 3
+    group = torch.device("cuda")
+    assert card == [("to", "cpu"), ("share", 0.75), ("enable_model_cpu_offload",), ("share", 1.0),
+                    ("to", "cpu"), ("share", 0.75), ("enable_group_offload", group), ("share", 1.0),
+                    ("to", "cuda"), ("share", 1.0)]
+
+
 def test_a_made_up_wan_is_what_its_checkpoint_would_be(two):
     wan = FastWan(vgm="random")
     wan.pipe = measure_wan.random_wan(measure_wan.TINY)
     wan.place(wan.pipe)
     assert (clip(wan) == clip(FastWan(vgm=two))).all()
-    with torch.device("meta"):  # and the big one is Wan2.2 A14B, which has 14.3 billion
-        import diffusers
-        expert = diffusers.WanTransformer3DModel(in_channels=36, **measure_wan.A14B["expert"])
+    with torch.device("meta"):  # and an expert of the big one has A14B's 14.3 billion
+            expert = diffusers.WanTransformer3DModel(in_channels=36, **measure_wan.A14B["expert"])
     assert round(sum(x.numel() for x in expert.parameters()) / 1e9, 1) == 14.3

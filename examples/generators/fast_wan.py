@@ -1,7 +1,7 @@
 r"""Wan on a GPU of your own, faster or in less memory than with diffusers' defaults.
 
     python collabvr.py .. --vgm examples/generators/fast_wan.py:FastWan \
-        --vgm-arg fp8=true --vgm-arg offload=model                       # a 24 GB card
+        --vgm-arg fp8=true --vgm-arg cache_low=0.05
     python collabvr.py .. --vgm-arg vgm=Wan-AI/Wan2.2-TI2V-5B-Diffusers --vgm-arg fps=24
     python examples/generators/fast_wan.py        # what each option brings here: measure_wan.py
 
@@ -63,7 +63,7 @@ class FastWan(Wan):
 
     def place(self, pipe) -> None:
         """Sets the options in the order that they need: what changes weights first, compiled blocks
-        inside the hooks of cache and fp8, offloading last. Raises Problem."""
+        before the cache's hooks on them, offloading last. Raises Problem."""
         import diffusers
         import torch
         experts = {"low-noise": pipe.transformer_2 or pipe.transformer}
@@ -78,11 +78,14 @@ class FastWan(Wan):
             self.fuse_loras(pipe, experts)
         self.attend(experts)
         if self.compile:
-            log.info("compile: the first clip of each length takes minutes longer")
+            cut = "; the casts of fp8 cut each block into several graphs" if self.fp8 else ""
+            log.info("compile: the first clip of each length takes longer%s", cut)
         for name, expert in experts.items():
             threshold = self.cache_low if name == "low-noise" else self.cache_high
             for k, block in enumerate(expert.blocks):
-                if self.compile:  # compile_repeated_blocks would take in the hooks, which cut it up
+                # not compile_repeated_blocks: it takes in the cache's hooks, which cut the graph up
+                # and run into PyTorch's limit of recompilations
+                if self.compile:
                     block.forward = torch.compile(block.forward)
                 if threshold and k < 2:
                     block.forward = self.counted(block.forward, (name, k))
@@ -114,8 +117,10 @@ class FastWan(Wan):
                 pipe.unload_lora_weights()
             log.info("%s expert: LoRA %s, %d steps, guidance %g", name, path, self.sampling_steps,
                      self.guidance_scale)
-        pipe.scheduler = pipe.scheduler.from_config(  # 4 steps are then at 999, 937, 833 and 625,
-            pipe.scheduler.config, flow_shift=5.0)  # where Wan2.2-Lightning was trained
+        # 4 steps are then at 999, 937, 833 and 625, where Wan2.2-Lightning was trained
+        if "flow_shift" not in pipe.scheduler.config:
+            raise Problem(f"{self.vgm}'s {type(pipe.scheduler).__name__} has no flow_shift to set.")
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=5.0)
 
     def attend(self, experts: dict) -> None:
         """Chooses the attention backend. "auto" never takes one that quantises or is fetched."""

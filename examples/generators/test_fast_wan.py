@@ -4,6 +4,7 @@ of one: every option does what it says, or says why it cannot."""
 import logging
 import os
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -178,6 +179,18 @@ def test_a_lora_that_would_do_nothing_or_is_no_safetensors_gets_one_sentence(two
     for path in (foreign, tmp_path / "pickle.safetensors", tmp_path / "none.safetensors"):
         with pytest.raises(c.Problem, match=f"{path.name} is no LoRA of the low-noise expert"):
             FastWan(vgm=two, lora_high=good, lora_low=str(path)).check(1)
+
+
+def test_a_scheduler_that_the_loras_cannot_have_gets_one_sentence(two, tmp_path):
+    pytest.importorskip("peft", reason="LoRAs need peft: pip install -r examples/requirements.txt")
+    euler = shutil.copytree(two, tmp_path / "euler")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(euler / "scheduler")
+    index = (euler / "model_index.json").read_text()
+    (euler / "model_index.json").write_text(
+        index.replace("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"))
+    lora = write_lora(tmp_path / "lora.safetensors", 1)
+    with pytest.raises(c.Problem, match="FlowMatchEulerDiscreteScheduler has no flow_shift"):
+        FastWan(vgm=str(euler), lora_high=lora, lora_low=lora).check(1)
 
 
 def test_without_peft_a_lora_gets_one_sentence(two, monkeypatch):

@@ -187,26 +187,31 @@ def calls(rows: list[dict], prices: dict[str, float]) -> Table:
 
 
 def fidelity(rows: list[dict], folder: Path) -> Table:
-    """App. A.4: SSIM (Wang et al. 2004) of the input picture and frame 0 of the first clip."""
+    """App. A.4: SSIM of the input picture and frame 0 of the first clip."""
     table = Table("First-frame fidelity (A.4)", ["", "clips", "mean", "std"], [])
     with contextlib.suppress(ImportError):
-        from skimage.metrics import structural_similarity
+        import skimage.metrics  # noqa: F401  for ssim
         found = []
         for x in rows:
             run = folder / "runs" / x["id"]
             for clip in [c for c in x["calls"] if "clip" in c][:1]:
                 with explained(f"{run} cannot be read", Exception):  # whatever it holds now
                     frame = iio.imread(run / clip["clip"], plugin="pyav")[0]
-                    size = frame.shape[1::-1]
-                    given = Image.open(run / "input.png").resize(size, Image.Resampling.LANCZOS)
-                    found.append(structural_similarity(
-                        np.array(given), frame, channel_axis=2, gaussian_weights=True, sigma=1.5,
-                        use_sample_covariance=False))
+                    found.append(ssim(np.array(Image.open(run / "input.png")), frame))
         std = float(np.std(found, ddof=1)) if len(found) > 1 else None
         table.rows.append(["SSIM", len(found), mean(found), std])
         return table
     table.rows.append(["SSIM needs scikit-image: see examples/requirements.txt", None, None, None])
     return table
+
+
+def ssim(picture, frame) -> float:
+    """SSIM (Wang et al. 2004) of two uint8 RGB (H, W, 3), the first one scaled to the second's
+    size. Raises ImportError without scikit-image."""
+    from skimage.metrics import structural_similarity
+    scaled = Image.fromarray(picture).resize(frame.shape[1::-1], Image.Resampling.LANCZOS)
+    return float(structural_similarity(np.array(scaled), frame, channel_axis=2, sigma=1.5,
+                                       gaussian_weights=True, use_sample_covariance=False))
 
 
 def deltas(one: list[dict], two: list[dict]) -> Table:

@@ -5,8 +5,8 @@ The result is a diffusers folder that `WanImageToVideoPipeline` loads: Wan's own
 text encoder and scheduler classes, only very small. Three stages, each resumable (start the same
 command again): the VAE learns to compress maze clips, a data set of latents is computed once, the
 transformer learns rectified flow on it. Its training set has a short horizon, as real generators
-have: single moves, and whole tasks of one or two straight segments.
-At the end it prints how often unseen clips come out right; with --check it does only that.
+have: single moves, and whole tasks of one or two straight segments. A CUDA GPU is used if there is
+one. At the end it prints how often unseen clips come out right; with --check it does only that.
 """
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_FRAMES = 17  # 2 s at 8 fps
 # cells a side, whole clips in a batch of the VAE: about equal pixels
 BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]
@@ -169,7 +170,7 @@ class Run:
                            for lr, kind, parameters in optimizers]
         self.i, self.saved = 0, time.monotonic()
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
+            state = torch.load(self.path, "cpu", weights_only=True)
             modules.load_state_dict(state["modules"])
             self.average.load_state_dict(state["average"])
             for (_, optimizer), old in zip(self.optimizers, state["optimizers"], strict=True):
@@ -227,7 +228,7 @@ def train_vae(args) -> AutoencoderKLWan:
     that never saw 17 frames drifts after those it saw. The second looks closely at what happens:
     crops around the walk, half of which end on the goal."""
     torch.manual_seed(args.seed)
-    vae = vae_stretch(args, "vae", new_vae(), 2e-3)
+    vae = vae_stretch(args, "vae", new_vae().to(DEVICE), 2e-3)
     return vae_stretch(args, "vae-crops", vae, 1e-3).eval()
 
 
@@ -253,7 +254,8 @@ def vae_stretch(args, name: str, vae, lr: float) -> AutoencoderKLWan:
         else:
             clips = [crop(rng) for _ in range(6 * more)]
         first = int(rng.integers(0, NUM_FRAMES - length + 1))
-        x, weight = (torch.stack(t)[:, :, first : first + length] for t in zip(*clips, strict=True))
+        x, weight = (torch.stack(t)[:, :, first : first + length].to(DEVICE)
+                     for t in zip(*clips, strict=True))
         weight[:, :, 0] *= 1 + length / 8  # the next clip will start from a frame 0
         posterior = run.modules.encode(x).latent_dist
         error = run.modules.decode(posterior.sample(torch.Generator().manual_seed(i))).sample - x
@@ -299,7 +301,7 @@ def psnr(vae, seed, clips=5) -> float:
     """Mean PSNR (dB) over unseen clips, one of each size."""
     out = []
     for k in range(clips):
-        x = frames_of(*example(4 + k % 5, np.random.default_rng([seed, 2, k]))[:2])[None]
+        x = frames_of(*example(4 + k % 5, np.random.default_rng([seed, 2, k]))[:2])[None].to(DEVICE)
         error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x) / 2
         out.append(-10 * math.log10(F.mse_loss(error, torch.zeros_like(error)).item()))
     return float(np.mean(out))
@@ -325,14 +327,15 @@ def make_latents(args, vae) -> list[dict]:
                 n = int(rng.integers(4, 9))
                 examples = [example(n, rng) for _ in range(4)]
                 x = torch.stack([frames_of(maze, walked) for maze, walked, _ in examples])
+                x = x.to(DEVICE)
                 first = x[:, :, :1].clone()
                 worn = vae.decode(vae.encode(first[:2]).latent_dist.mode()).sample
                 noise = torch.from_numpy(rng.standard_normal(worn.shape, dtype=np.float32))
-                first[:2] = (worn + 0.03 * noise).clamp(-1, 1)
+                first[:2] = (worn + 0.03 * noise.to(DEVICE)).clamp(-1, 1)
                 condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
-                both = vae.encode(torch.cat([x, condition])).latent_dist.mode().half()
+                both = vae.encode(torch.cat([x, condition])).latent_dist.mode().half().cpu()
                 rows += [{"n": n, "prompt": e[2], "x": both[i].clone(),
-                          "condition": both[4 + i].clone(), "moving": latent_moving(x[i])}
+                          "condition": both[4 + i].clone(), "moving": latent_moving(x[i]).cpu()}
                          for i, e in enumerate(examples)]
             torch.save(rows, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
@@ -387,35 +390,35 @@ def train_denoiser(args, vae, rows):
     stands. Muon trains the matrices of the blocks, AdamW the rest."""
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(r["prompt"] for r in rows)
-    modules = new_denoiser(len(tokenizer))
+    modules = new_denoiser(len(tokenizer)).to(DEVICE)
     matrices = [p for p in modules["transformer"].blocks.parameters() if p.ndim == 2]
     rest = [p for p in modules.parameters() if all(p is not m for m in matrices)]
     run = Run("denoiser", modules, args.iterations,
               [(1.5e-3, MUON, matrices), (1e-3, ADAM, rest)], args.work)
     transformer = torch.compile(modules["transformer"], dynamic=True)
-    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1)
+    mean, std = (torch.tensor(v, device=DEVICE).view(1, 16, 1, 1, 1)
                  for v in (vae.config.latents_mean, vae.config.latents_std))
-    mask = torch.zeros(1, 4, 5, 1, 1)
+    mask = torch.zeros(1, 4, 5, 1, 1, device=DEVICE)
     mask[:, :, 0] = 1  # the conditioning frame is known
     by_size = {n: [r for r in rows if r["n"] == n] for n in range(4, 9)}
     for i in run.steps():
         rng, noise_rng = np.random.default_rng([args.seed, 4, i]), torch.Generator().manual_seed(i)
         n = int(rng.integers(4, 9))
         batch = [by_size[n][k] for k in rng.integers(0, len(by_size[n]), 864 // n**2)]
-        x = (torch.stack([r["x"] for r in batch]).float() - mean) / std
-        condition = (torch.stack([r["condition"] for r in batch]).float() - mean) / std
-        u = torch.rand(len(x), 1, 1, 1, 1, generator=noise_rng)
+        x, condition = ((torch.stack([r[k] for r in batch]).to(DEVICE).float() - mean) / std
+                        for k in ("x", "condition"))
+        u = torch.rand(len(x), 1, 1, 1, 1, generator=noise_rng).to(DEVICE)
         sigma = 3 * u / (1 + 2 * u)
-        noise = torch.randn(x.shape, generator=noise_rng)
+        noise = torch.randn(x.shape, generator=noise_rng).to(DEVICE)
         tokens = tokenizer([r["prompt"] for r in batch], padding="max_length", truncation=True,
-                           max_length=96, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+                           max_length=96, return_tensors="pt").to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
             text = run.modules["text_encoder"](tokens.input_ids, tokens.attention_mask)
             text = text.last_hidden_state * tokens.attention_mask[..., None]  # as the pipeline pads
             inputs = torch.cat([(1 - sigma) * x + sigma * noise,
                                 mask.expand(len(x), -1, -1, *x.shape[3:]), condition], 1)
             flow = transformer(inputs, 1000 * sigma.flatten(), text, return_dict=False)[0]
-        weight = 1 + 4 * torch.stack([r["moving"] for r in batch]).float()
+        weight = 1 + 4 * torch.stack([r["moving"] for r in batch]).to(DEVICE).float()
         run.step((weight * (flow.float() - (noise - x)).square()).mean() / weight.mean())
         if (i + 1) % 500 == 0 and i + 1 < args.iterations:
             pipe = pipeline(vae, run.average, tokenizer)
@@ -503,7 +506,7 @@ def main():
         normalise(vae, rows)
         save(train_denoiser(args, vae, rows), args)
     pipe = WanImageToVideoPipeline.from_pretrained(
-        args.out, dtype={"default": torch.bfloat16, "vae": torch.float32})
+        args.out, dtype={"default": torch.bfloat16, "vae": torch.float32}).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     for kind, (right, tried) in evaluate(pipe, args, args.evaluate).items():
         print(f"{kind}: {right} of {tried} unseen clips right")

@@ -618,14 +618,15 @@ class Wan:
             dtype = {"default": torch.bfloat16, "vae": torch.float32}
             pipe = diffusers.WanImageToVideoPipeline.from_pretrained(
                 self.vgm, use_safetensors=True, dtype=dtype)
-            if cuda:
-                self.place(pipe)
+            self.place(pipe)
         pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: for eyes
         return pipe
 
     def place(self, pipe) -> None:
         """Puts the weights where they fit: all on the GPU, or only the part or layer at work."""
         import torch
+        if not torch.cuda.is_available():
+            return
         GB = [sum(x.numel() * x.element_size() for x in part.parameters()) / 1e9
               for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         free, choice = torch.cuda.mem_get_info()[0] / 1e9 - 12, self.offload  # 12: for the work

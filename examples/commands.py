@@ -5,6 +5,7 @@ import importlib
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -30,21 +31,31 @@ def method(name: str) -> type[CollabVR]:
         return runpy.run_path(file, run_name="method")[attribute]
 
 
-def run(prog: str, help: str, kinds: dict[str, type], argv: list[str] | None) -> int:
-    """Runs `PROG NAME OPTIONS`: kinds[NAME], a dataclass of its options, has a run() that returns
-    the exit status. 2 after bad input, in one sentence on stderr; 130 after Ctrl-C."""
+def guarded(prog: str, action: Callable[[], int]) -> int:
+    """The exit status that action() returns; 2 after bad input, in one sentence on stderr; 130
+    after Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if name in ("-h", "--help"):
-            print(help)
-            return 0
-        if name not in kinds:
-            raise Problem(f"{name!r:.99} is none of {', '.join(kinds)}.")
-        return collabvr.parse(rest, kinds[name], f"{prog} {name}").run()
+        return action()
     except KeyboardInterrupt:
         status, said = 130, "Interrupted. The same command goes on from here."
     except (Problem, OSError) as error:
         status, said = 2, " ".join(str(error).split())
     print(f"{prog}: {collabvr.clean(said)}", file=sys.stderr)
     return status
+
+
+def run(prog: str, help: str, kinds: dict[str, type], argv: list[str] | None) -> int:
+    """Runs `PROG NAME OPTIONS`, guarded: kinds[NAME] is a dataclass of its options, with a run()
+    that returns the exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+
+    def action() -> int:
+        if name in ("-h", "--help"):
+            print(help)
+            return 0
+        if name not in kinds:
+            raise Problem(f"{name!r:.99} is none of {', '.join(kinds)}.")
+        return collabvr.parse(rest, kinds[name], f"{prog} {name}").run()
+
+    return guarded(prog, action)

@@ -57,8 +57,7 @@ class Cosmos(Wan):
         with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever loaders raise
             pipe = diffusers.Cosmos2_5_PredictBasePipeline.from_pretrained(
                 self.vgm, revision=self.revision, use_safetensors=True, dtype=torch.bfloat16)
-            if cuda:
-                self.place(pipe)
+            self.place(pipe)
         pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: for eyes
         return pipe
 

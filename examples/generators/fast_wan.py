@@ -22,7 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
-from samples import needed
+from commands import needed
 
 from collabvr import Clip, Problem, Wan, checked, explained, log
 
@@ -53,13 +53,9 @@ class FastWan(Wan):
     @functools.cached_property
     def pipe(self):
         """Wan's pipeline with the options. Raises Problem."""
-        import torch
         if self.lora_high or self.lora_low:
-            needed("peft")
-        pipe = super().pipe
-        if not torch.cuda.is_available():  # then Wan places nothing
-            self.place(pipe)
-        return pipe
+            needed("peft")  # before the checkpoint is downloaded
+        return super().pipe
 
     def place(self, pipe) -> None:
         """Sets the options in the order that they need: what changes weights first, compiled blocks
@@ -97,8 +93,7 @@ class FastWan(Wan):
                 expert.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
                 log.info("%s expert: stored as float8, %.2f instead of %.2f GB", name,
                          expert.get_memory_footprint() / 1e9, before / 1e9)
-        if torch.cuda.is_available():
-            super().place(pipe)
+        super().place(pipe)
 
     def fuse_loras(self, pipe, experts: dict) -> None:
         """Adds the LoRAs to the experts' weights, where they cost no time. Raises Problem."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 import sys
 from dataclasses import field
 from pathlib import Path
@@ -21,7 +20,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
-from samples import needed, samples
+import commands
+from commands import needed
+from samples import samples
 from summary import Table, ssim
 
 import collabvr
@@ -50,9 +51,8 @@ class Fidelity:
         pictures = list(itertools.islice(samples(self.images, self.task), self.clips))
         if not pictures:
             raise Problem(f"{self.images} holds no pictures.")
-        vgm, given = self.vgm, dict(x.partition("=")[::2] for x in self.vgm_arg)
-        if re.search(r"\.py(:|$)", vgm.vgm):
-            vgm = collabvr.load_generator(vgm.vgm, given)
+        vgm = collabvr.load_generator(
+            self.vgm, dict(x.partition("=")[::2] for x in self.vgm_arg))
         vgm.check(self.seconds)
         found = []  # SSIM of each
         for x in pictures:
@@ -76,14 +76,8 @@ def main(argv=None) -> int:
     """0: the table was printed; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
     collabvr.log.setLevel(logging.INFO)  # which clip is being waited for
-    try:
-        return collabvr.parse(argv, Fidelity, "fidelity.py").run()
-    except KeyboardInterrupt:
-        status, said = 130, "Interrupted. The same command goes on from here."
-    except (Problem, OSError) as error:
-        status, said = 2, " ".join(str(error).split())
-    print(f"fidelity.py: {collabvr.clean(said)}", file=sys.stderr)
-    return status
+    return commands.guarded(
+        "fidelity.py", lambda: collabvr.parse(argv, Fidelity, "fidelity.py").run())
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ from typing import Any, Literal
 import imageio.v3 as iio
 import numpy as np
 import torch
-from fast_wan import FastWan
 from pydantic.dataclasses import dataclass as settings
-from samples import needed
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1, 2)]
+import commands
+from commands import needed
+from fast_wan import FastWan
 from summary import Table, ssim
 
 import collabvr
@@ -192,14 +195,8 @@ def main(argv=None) -> int:
     """0: the table was printed; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    try:
-        return collabvr.parse(argv, Measurement, "fast_wan.py").run()
-    except KeyboardInterrupt:
-        status, said = 130, "Interrupted. The same command goes on from here."
-    except (Problem, OSError) as error:
-        status, said = 2, " ".join(str(error).split())
-    print(f"fast_wan.py: {collabvr.clean(said)}", file=sys.stderr)
-    return status
+    return commands.guarded(
+        "fast_wan.py", lambda: collabvr.parse(argv, Measurement, "fast_wan.py").run())
 
 
 if __name__ == "__main__":

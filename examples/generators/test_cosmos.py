@@ -159,10 +159,11 @@ def test_weights_come_from_safetensors_only(folder, packages, tmp_path):
 
 
 def test_it_is_a_generator_of_the_command_line_and_its_defaults_are_the_papers(folder, packages):
-    vgm = c.load_generator(f"{HERE / 'cosmos.py'}:Cosmos", {"vgm": folder, "sampling_steps": "2"})
+    wanted = c.Wan(f"{HERE / 'cosmos.py'}:Cosmos")
+    vgm = c.load_generator(wanted, {"vgm": folder, "sampling_steps": "2"})
     vgm.check(5)
-    assert vgm.identity["arguments"]["vgm"] == folder
+    assert vgm.identity["vgm"] == folder and vgm.identity["name"] == "Cosmos"
     default = cosmos.Cosmos()
     assert default.fps == 16 and json.dumps(default.identity)
     with pytest.raises(c.Problem, match="sampling_steps"):
-        c.load_generator(f"{HERE / 'cosmos.py'}:Cosmos", {"sampling_steps": "none"})
+        c.load_generator(wanted, {"sampling_steps": "none"})

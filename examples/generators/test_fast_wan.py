@@ -63,12 +63,12 @@ def test_without_options_it_is_wan(two):
 
 def test_every_setting_may_come_as_text_and_is_checked(two):
     name = f"{HERE / 'fast_wan.py'}:FastWan"
-    vgm = c.load_generator(name, {"vgm": two, "fp8": "true", "cache_low": "0.5", "fps": "8"})
+    vgm = c.load_generator(c.Wan(name), {"vgm": two, "fp8": "true", "cache_low": "0.5", "fps": "8"})
     vgm.check(1)
     assert vgm.func.fp8 is True and vgm.func.cache_low == 0.5 and vgm.func.fps == 8
     for wrong in ({"fp8": "perhaps"}, {"cache_low": "1.5"}, {"cache": "0.1"}):
         with pytest.raises(c.Problem, match=next(iter(wrong))):
-            c.load_generator(name, wrong)
+            c.load_generator(c.Wan(name), wrong)
 
 
 def test_the_cache_skips_blocks_of_the_low_noise_expert_only_and_says_how_often(two, caplog):

@@ -30,7 +30,7 @@ from pydantic.dataclasses import dataclass as settings
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
-from samples import needed
+from commands import needed
 
 import collabvr
 from collabvr import Attempt, Clip, CollabVR, History, Problem, Reply, Result, explained

@@ -11,7 +11,7 @@ Sec. 3.1  problem and symbols                     Config, Clip, concat, History,
 Alg. 1    the loop                                CollabVR.run
 Sec. 3.2  M1, progressive planning (A.2)          CollabVR: PLANNER, Plan, plan
 Sec. 3.3  M2, verification and evolution (A.2)    CollabVR: VERIFIER, Verification, verify, evolve
-App. A.5  failure router (D.5: regen)             CollabVR: ROUTER, Routing, route, exhausted
+App. A.5  failure router (D.5: regen)             CollabVR: ROUTER, Routing, exhausted
 App. A.1  settings                                defaults of Config, OpenAIVLM and Wan
 Sec. 4    cost                                    Models.cost
 
@@ -25,7 +25,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
@@ -81,7 +80,7 @@ class Config:
         return N * (M + routed), steps * M + extra * routed, N * (1 + M + 2 * routed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """A video. frames: uint8 RGB (T, H, W, 3), of which frame 0 is the conditioning frame."""
     frames: np.ndarray
@@ -109,7 +108,7 @@ class Attempt:
 
 @dataclass
 class History:
-    """H: the attempts whose clips joined; the rejected ones; what came of each step, in words."""
+    """H: attempts whose clips joined; those rejected since; what came of each step, in words."""
     joined: list[Attempt] = field(default_factory=list)
     rejected: list[Attempt] = field(default_factory=list)
     outcomes: list[str] = field(default_factory=list)
@@ -123,14 +122,14 @@ class History:
         self.outcomes.append(f"Step {x.t}: {x.a_t} Outcome: {words}")
 
     def best(self, t: int | None = None) -> Attempt:
-        """Of all rejected attempts, or step t's, the latest with the most good seconds. [D3]"""
+        """Of those rejected, or step t's of them, the latest with the most good seconds. [D3]"""
         return max((x for x in reversed(self.rejected) if t is None or x.t == t),
                    key=lambda x: x.d.good_fraction * x.c_t.seconds)
 
     def told(self) -> list:
         """What the roles get to know of H: every outcome, the newest eight last frames. [D7]"""
         frames = [(f"Last frame of step {x.t}:", x.c_t.frames[-1]) for x in self.joined[-8:]]
-        return ["Steps so far:", *(self.outcomes or ["none"]), *itertools.chain(*frames)]
+        return ["Steps so far:", *(self.outcomes or ["none"]), *sum(frames, ())]
 
     def result(self, status: str) -> Result:
         """What a run returns: all of H, or if it is empty the best attempt, marked so. [D4]"""
@@ -221,8 +220,8 @@ target_state, estimated_steps_remaining.
 
         @model_validator(mode="after")
         def _has_an_action(self):
-            if not (self.task_complete or self.instruction.strip()):
-                raise ValueError("instruction must not be empty unless the task is complete")
+            if not (self.task_complete or self.instruction.strip() and self.target_state.strip()):
+                raise ValueError("an incomplete task needs an instruction and a target_state")
             return self
 
     class FirstPlan(Plan):
@@ -231,8 +230,7 @@ target_state, estimated_steps_remaining.
     def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
         """Line 3: a_t from π_plan(I0, q, H), and the plan that it is part of."""
         N_max = self.config.N_max
-        if getattr(I0, "dtype", None) != np.uint8 or I0.shape[2:] != (3,):
-            raise Problem(f"I0 must be a uint8 RGB array, not {type(I0)}: see load_image.")
+        digest(np.asarray(I0))  # a Problem if that is no picture, before anything is paid for
         p = self.models.ask("planner", self.PLANNER, [
             f"Task prompt: {q}", "Input image:", I0, *H.told(),
             f"Current frame: {'the last of these' if H.joined else 'the input image'}",
@@ -278,7 +276,7 @@ suggestion, confidence (low, medium or high), verdict (accept or reject).
         """Line 6: (v, d) = π_verify(I0, q, H, c_t), of a_t as it stands, evolved."""
         d = self.models.ask("verifier", self.VERIFIER, [
             f"Task prompt: {q}", "Input image:", I0, *H.told(), f"Planned action: {a_t}",
-            f"Target state: {p.target_state or 'as the task prompt says'}", "Clip to check:", c_t,
+            f"Target state: {p.target_state}", "Clip to check:", c_t,
         ], self.Verification, t)
         return d.verdict, d
 
@@ -323,22 +321,24 @@ Reply with one JSON object with the fields reason, action, suggestion, estimated
                 f"Allowed actions: regen, {'split, ' * (t < self.config.N_max)}fallback",
             ], self.Routing if t < self.config.N_max else self.LastRouting, t)
             action = r.action
+        d = r if r and r.suggestion.strip() else best.d
         if action in ("replan", "split"):
-            advice = f" Advice: {r.suggestion} Steps needed: {r.estimated_steps}." if r else ""
+            advice = f" Advice: {d.suggestion} Steps: {r.estimated_steps or '?'}." if r else ""
             H.outcomes.append(f"Step {t}: {best.a_t} Outcome: rejected, nothing was kept: "
                               f"{best.d.reason}{advice}")
+            H.rejected[:] = [H.best()]  # all of them that may still be needed
             return H, f, None
         if action == "fallback":  # one single-shot run, N = 1: from I0, with q, not verified
-            a_t = self.evolve(q, r)
+            a_t = self.evolve(q, d)
             c_t = self.models.generate(I0, a_t, self.config.seconds_first, t)
             return History([Attempt(t, a_t, c_t)]), f, "fallback"
         if action == "regen":  # the good part survives (D.5), and the joined clip is verified
             k = math.floor(best.d.good_fraction * (len(best.c_t.frames) - 1))
-            good, a_t = Clip(best.c_t.frames[: k + 1], best.c_t.fps), self.evolve(best.a_t, r)
+            good, a_t = Clip(best.c_t.frames[: k + 1], best.c_t.fps), self.evolve(best.a_t, d)
             c_t = concat([good, self.g(good.frames[-1], a_t, t)])
-            _, d = self.verify(I0, q, H, c_t, a_t, p, t)
+            v, d = self.verify(I0, q, H, c_t, a_t, p, t)
             H.rejected.append(again := Attempt(t, a_t, c_t, d))
-            best = again if d.verdict == "accept" else H.best(t)
+            best = again if v == "accept" else H.best(t)
         H.join(best)
         done = best.d.verdict == "accept" and self.is_complete(p, best.d)
         return H, best.c_t.frames[-1], "complete" if done else None
@@ -350,7 +350,7 @@ class Models:
     written down here, so that with the same folder nothing is paid for twice.
 
     vgm(frame, prompt, seconds, seed) -> Clip: frame is uint8 RGB (H, W, 3), frame 0 of the clip
-        depicts it; raising anything is a failed generation.
+        depicts it; raising anything but Problem is a failed generation.
     vlm(instructions, parts, schema) -> dict: `text` and, where known, `tokens_in`, `tokens_out`,
         `model`, `host`, and `fault` if the reply was cut off or refused. parts: strings, pictures
         and Clips in reading order; schema: the pydantic model that the reply must fit.
@@ -375,18 +375,18 @@ class Models:
 
     def generate(self, frame, prompt: str, seconds: float, t: int = 1, seed: int | None = None):
         """A clip for step t. A failed generation uses up no attempt and is tried once more with
-        another seed; then Problem. seed: by default the run's plus its calls so far. [D6]"""
-        failures = tries = 0
+        another seed; then Problem. seed: by default the run's plus clips tried so far. [D6]"""
+        frame, failures, tries = np.asarray(frame), 0, 0
         while failures < 2:
             number = sum(x["role"] == "vgm" for x in self.calls)
             s = self.seed + number if seed is None else seed + 1000 * tries  # no other candidate's
-            line, new = self.call("vgm", t, [frame, prompt, seconds, s], self.film)
-            if "clip" in line:
-                return self.fresh if new else read_clip(self.folder, line)
+            line, clip, new = self.call("vgm", t, [frame, prompt, seconds, s], self.film)
+            if clip:
+                return clip
             failures, tries = failures + new, tries + 1
         raise Problem(f"The generator failed twice in a row ({line['error']}).")
 
-    def film(self, frame, prompt: str, seconds: float, seed: int) -> dict:
+    def film(self, frame, prompt: str, seconds: float, seed: int) -> tuple[dict, Clip | None]:
         """Calls the generator. A clip is on the disk before the line that vouches for it."""
         line, began = {"prompt": prompt, "seed": seed}, time.monotonic()
         try:
@@ -396,7 +396,7 @@ class Models:
             if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or not x[1:].size:
                 raise ValueError("a generator returns a Clip of uint8 frames (T > 1, H, W, 3), not "
                                  f"{type(clip).__name__} of {getattr(x, 'dtype', x)} {np.shape(x)}")
-            self.fresh = clip = Clip(x, float(clip.fps))  # need not be read back
+            clip = Clip(np.array(x), float(clip.fps))  # a copy: theirs may be a buffer
             size = [*x.shape[1:3], clip.fps]
             first = next((x["size"] for x in self.calls if "clip" in x), size)
             if size != first or not 0 < clip.fps < math.inf:
@@ -405,10 +405,10 @@ class Models:
             raise
         except Exception as error:  # whatever it raises, the generation failed
             log.warning("the generation failed", exc_info=True)
-            return line | {"error": f"{type(error).__name__}: {error}"[:400]}
+            return line | {"error": f"{type(error).__name__}: {error}"[:400]}, None
         name = f"clips/{1 + sum('clip' in x for x in self.lines):03}.mkv"
         write_file(self.folder / name, encode_video(clip, lossless=True))
-        return line | {"seconds": clip.seconds, "size": size, "clip": name}
+        return line | {"seconds": clip.seconds, "size": size, "clip": name}, clip
 
     def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1):
         """A role's reply, as `schema`. What does not fit is asked for again with the error, twice
@@ -417,36 +417,38 @@ class Models:
         while failures < 3:
             again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
             asked = [*parts, again] if fault else parts
-            line, new = self.call(role, t, [instructions, asked, schema], self.answer)
+            line, _, new = self.call(role, t, [instructions, asked, schema], self.answer)
             if "reply" in line:
                 return schema.model_validate(line["reply"])
             fault, failures = line["fault"], failures + new
         raise Problem(f"The {role} gave no usable reply ({fault}): {line.get('text')!r:.300}")
 
-    def answer(self, instructions: str, parts: list, schema: type[Reply]) -> dict:
+    def answer(self, instructions: str, parts: list, schema: type[Reply]) -> tuple[dict, None]:
         """Asks; adds `reply`, from the first { to the last } after any </think>, or a `fault`."""
         answer = {k: v for k, v in self.vlm(instructions, parts, schema).items() if k != "reply"}
         text = str(answer.get("text") or "").rpartition("</think>")[2][:100_000]
         head = text.partition("{")[0]
-        if answer.get("fault") or "<think>" in head or "[" in head:
-            return answer | {"fault": answer.get("fault") or "no JSON object"}
+        if answer.get("fault") or "<think>" in head or head.rstrip().endswith("["):
+            return answer | {"fault": answer.get("fault") or "no JSON object"}, None
         try:
             value = jiter.from_json(text[len(head) : text.rfind("}") + 1].encode(),
                                     catch_duplicate_keys=True, allow_inf_nan=False)
-            return answer | {"reply": schema.model_validate(value).model_dump()}
+            return answer | {"reply": schema.model_validate(value).model_dump()}, None
         except ValueError as error:
-            return answer | {"fault": first_line(error)}
+            return answer | {"fault": first_line(error)}, None
 
-    def call(self, role: str, t: int, request: list, make) -> tuple[dict, bool]:
-        """An earlier start's line that answers the request, else a new one, synced; and which."""
+    def call(self, role: str, t: int, request: list, make) -> tuple[dict, Clip | None, bool]:
+        """The request's line, an earlier start's or new and synced; its clip; whether it is new."""
         model = self.vgm if role == "vgm" else self.vlm
         key = digest(role, request, getattr(model, "identity", {}))
+        clip = None
         line = next((x for x in self.unused if x["request"] == key and (
-            "clip" not in x or read_clip(self.folder, x))), None)
+            "clip" not in x or (clip := read_clip(self.folder, x)))), None)
         if new := line is None:
             log.info("step %d: %s: waiting", t, role)
             began = time.monotonic()
-            line = {**make(*request), "t": t, "role": role, "request": key}
+            made, clip = make(*request)
+            line = {**made, "t": t, "role": role, "request": key}
             line.setdefault("wall_seconds", round(time.monotonic() - began, 3))
             text = clean(json.dumps(line))
             with open(self.folder / "calls.jsonl", "a") as file:
@@ -459,17 +461,19 @@ class Models:
         rest = {k: v for k, v in line.items() if k not in ("t", "role", "request", "text")}
         said = "; ".join(f"{k}: {v}" for k, v in line.get("reply", rest).items())
         log.info("step %d: %s: %s", t, role, said)
-        return line, new
+        return line, clip, new
 
     def cost(self) -> dict:
         """What the run's calls came to, whatever became of the clips (Sec. 4)."""
         clips = [x for x in self.calls if "clip" in x]
-        steps, roles = len({x["t"] for x in clips}), dict.fromkeys(x["role"] for x in self.calls)
+        steps = len({x["t"] for x in clips})
+        roles = {x["role"]: [y for y in self.calls if y["role"] == x["role"]] for x in self.calls}
         return {"vgm_seconds": sum(x["seconds"] for x in clips), "clips": len(clips),
                 "steps": steps, "regenerations": len(clips) - steps,
-                "generator_errors": sum("error" in x for x in self.calls)} | {
-            k: {r: round(sum(x.get(k, k == "calls") or 0 for x in self.calls if x["role"] == r), 3)
-                for r in roles} for k in ("calls", "tokens_in", "tokens_out", "wall_seconds")}
+                "generator_errors": sum("error" in x for x in self.calls),
+                "calls": {role: len(lines) for role, lines in roles.items()}} | {
+            k: {role: round(sum(x.get(k) or 0 for x in lines), 3) for role, lines in roles.items()}
+            for k in ("tokens_in", "tokens_out", "wall_seconds")}
 
 
 def digest(*parts) -> str:
@@ -481,7 +485,7 @@ def digest(*parts) -> str:
             return [x.shape, hashlib.sha256(np.ascontiguousarray(x)).hexdigest()]
         if isinstance(x, Clip):
             return [x.frames, float(x.fps)]
-        raise Problem(f"A picture is a uint8 RGB array, as np.array(PIL's) is, not {type(x)}.")
+        raise Problem(f"A picture is a uint8 RGB array, not {getattr(x, 'dtype', type(x))}.")
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
 
 
@@ -503,8 +507,7 @@ class OpenAIVLM:
     request_extra: Annotated[str, AfterValidator(TypeAdapter(dict).validate_json)] = "{}"
     timeout: Annotated[float, Field(gt=0)] = 600.0  # longest wait for one answer, s
 
-    identity = property(lambda self: {k: v for k, v in asdict(self).items()
-                                      if k not in ("vlm_url", "timeout")})
+    identity = property(lambda self: asdict(self) | {"vlm_url": None, "timeout": None})
     host = property(lambda self: self.vlm_url.split("/")[2])
 
     @contextlib.contextmanager
@@ -531,7 +534,7 @@ class OpenAIVLM:
                 model=self.vlm, messages=[{"role": "user", "content": "Reply with the word ok."}])
 
     def __call__(self, instructions: str, parts: list, schema: type[BaseModel]) -> dict:
-        """See "The two models". Raises Problem when the endpoint gives up."""
+        """See Models. Raises Problem when the endpoint gives up."""
         content = [piece for part in parts for piece in self.encode(part)]
         shape = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
         heat = {} if self.temperature is None else {"temperature": self.temperature}
@@ -607,10 +610,9 @@ class Wan:
         import diffusers
         import torch
         import transformers
-        cuda = torch.cuda.is_available()
         size = sum(x.stat().st_size for x in Path(self.vgm).glob("*/*.safetensors")) / 1e9
-        if not cuda and not 0 < size < 2:
-            raise Problem(f"{self.vgm} needs a CUDA GPU, or is no folder: examples/maze/run.py.")
+        if not torch.cuda.is_available() and not 0 < size < 2:
+            raise Problem(f"{self.vgm} needs a CUDA GPU, or is no folder: try examples/maze/run.py")
         if not sys.stderr.isatty():  # progress bars are for eyes, not for files
             diffusers.utils.logging.disable_progress_bar()
             transformers.utils.logging.disable_progress_bar()
@@ -633,11 +635,13 @@ class Wan:
         if choice == "auto":
             choice = "none" if sum(GB) < free else "model" if max(GB) < free else "group"
         log.info("weights %.1f GB, room on the GPU %.1f GB: offload %s", sum(GB), free, choice)
-        if choice == "group":
-            gpu = torch.device("cuda")
-            pipe.enable_group_offload(gpu, offload_type="leaf_level", use_stream=True)
+        if choice == "none":
+            pipe.to("cuda")
+        elif choice == "model":
+            pipe.enable_model_cpu_offload()
         else:
-            _ = pipe.to("cuda") if choice == "none" else pipe.enable_model_cpu_offload()
+            pipe.enable_group_offload(
+                torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
         """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s, the conditioning frame included. [D8]
@@ -657,7 +661,7 @@ class Wan:
 
 
 def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
-    """The largest size of about this shape in 832x480 pixels of area, never larger than given."""
+    """About this shape in at most 832x480 pixels, never enlarged; a multiple a side at least."""
     scale = min(1.0, math.sqrt(832 * 480 / (width * height)))
     w, h = (max(1, int(x * scale / multiple + 1e-6)) * multiple for x in (width, height))
     return w, h
@@ -693,10 +697,9 @@ def load_image(path: str | Path) -> np.ndarray:
 def encode_video(clip: Clip, lossless: bool = False) -> bytes:
     """H.264 that plays anywhere, a side below 256 enlarged as it halves colours; or exact FFV1."""
     frames, out = clip.frames, io.BytesIO()
-    kind, codec, pixels, options = "matroska", "ffv1", "bgr0", {}
+    kind, codec, pixels, options = ("matroska", "ffv1", "bgr0", {}) if lossless else (
+        "mp4", "libx264", "yuv420p", {"crf": "18", "x264-params": "mbtree=0"})  # mbtree: varies
     if not lossless:
-        kind, codec, pixels = "mp4", "libx264", "yuv420p"
-        options = {"crf": "18", "x264-params": "mbtree=0"}  # mbtree: other bytes now and then
         side = min(frames.shape[1:3])
         factor = 1 if side >= 256 else 2 * -(-128 // side)  # even: colours of 2x2 pixels stay apart
         frames = frames.repeat(factor, 1).repeat(factor, 2)
@@ -730,7 +733,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save(outcome: Result, models: Models, **facts) -> Path:
-    """Writes trace.json and video.mp4 into the folder of `models`; returns the latter's path."""
+    """Writes trace.json and video.mp4 into models.folder (a temporary one goes with `models`)."""
     trace = {"status": outcome.status, "unverified_steps": outcome.unverified_steps, **facts,
              "cost": models.cost(), "calls": models.calls}
     write_file(models.folder / "video.mp4", encode_video(outcome.video))
@@ -768,6 +771,7 @@ def clean(text: str) -> str:
 # ============================================================================== Command line
 @settings(config=checked)
 class Command:
+    """CollabVR (arXiv 2605.08735v1): a VLM plans, checks and repairs a generator's video."""
     image: str  # the input image I0
     task: str  # the task prompt q
     config: Config
@@ -804,9 +808,8 @@ class Command:
         Image.fromarray(I0).save(out / "input.png")
         running.append(models)
         result = CollabVR(models, config).run(I0, q)
-        video = save(result, models, **facts)
         told = {"status": result.status, "unverified_steps": result.unverified_steps,
-                **models.cost(), "video": clean(str(video))}
+                **models.cost(), "video": clean(str(save(result, models, **facts)))}
         print(*(f"{name:17} {value}" for name, value in told.items()), sep="\n")
 
 
@@ -815,15 +818,12 @@ def parse(argv, kind=Command, prog="collabvr.py"):
     import tyro
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        return tyro.cli(kind, args=argv, prog=prog, description=__doc__.splitlines()[0],
-                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff,
-                                tyro.conf.UseAppendAction))
+        return tyro.cli(kind, args=argv, prog=prog, config=(
+            tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction))
     told = said.getvalue() or sys.exit(0)  # nothing was wrong: it was --help
-    lines = [x for line in told.splitlines() if (x := line.strip(" │"))]
-    lines = lines[1 + lines[1].startswith("---"):]  # without its title, and up to its first rule
-    text = " ".join(itertools.takewhile(lambda x: set(x) - set("─-╰╯"), lines))
-    text = re.sub(r"\d+ validation errors? for \w+ | \[type=.*", "", text)
-    raise Problem(f"{text}; --help lists the options.")
+    text = re.split("[─-]{3,}", told)[1]  # what stands between the box's first two rules
+    text = re.sub(r"(?s)[╮╰│]|\d+ validation errors? for \w+|\[type=.*", "", text)
+    raise Problem(f"{' '.join(text.split())}; --help lists the options.")
 
 
 def main(argv=None) -> int:

@@ -245,6 +245,12 @@ def test_the_schema_rules_out_task_complete_before_a_first_clip_and_split_at_the
         "FirstPlan", "Routing", "FirstPlan", "Plan", "LastRouting"]
 
 
+@pytest.mark.parametrize("empty", [plan(instruction=" "), plan(target="")])
+def test_a_plan_without_an_action_or_its_target_state_is_asked_for_again(empty):
+    _, vgm, _, models = go(empty, plan(), accept())
+    assert models.cost()["calls"]["planner"] == 2 and vgm.calls[0]["prompt"] == "move it"
+
+
 def test_every_clip_has_a_seed_of_its_own():
     _, vgm, *_ = go(plan(left=2), reject(), accept(), plan(), accept(), seed=40)
     assert [call["seed"] for call in vgm.calls] == [40, 41, 42]
@@ -305,6 +311,13 @@ def test_no_role_sees_more_than_the_newest_eight_clips():
 
 
 # ------------------------------------------------------------------ when a step is exhausted
+
+
+def test_of_a_router_without_a_suggestion_the_verifiers_counts():
+    for action in ("regen", "fallback"):
+        then = [accept()] * (action == "regen")
+        _, vgm, *_ = go(plan(), reject(suggestion="go left"), route(action, " "), *then, M=1)
+        assert vgm.calls[1]["prompt"].endswith(" Correction: go left")
 
 
 def test_replan_is_algorithm_1_to_the_letter_nothing_joins_and_the_frame_stays():
@@ -564,6 +577,20 @@ def test_a_generator_that_returns_an_array_or_nothing_in_place_of_a_clip_is_told
         go(plan(), vgm=lambda *request: made)
 
 
+def test_a_generator_that_uses_one_buffer_again_and_again_spoils_no_clip(tmp_path):
+    buffer = np.zeros((5, *I0.shape), np.uint8)
+
+    def vgm(frame, prompt, seconds, seed):
+        buffer[:] = frame
+        buffer[1:] = 100 + seed
+        return c.Clip(buffer, 4)
+
+    result, *_ = go(plan(left=2), accept("partial"), plan(), accept(), vgm=vgm, folder=tmp_path)
+    assert colours(result.video) == [100, 101]
+    again, *_ = go(vgm=vgm, folder=tmp_path)
+    assert (again.video.frames == result.video.frames).all()
+
+
 @pytest.mark.parametrize("picture", [Image.fromarray(I0), I0 / 255, I0[..., 0], "x.png", None])
 def test_a_picture_that_is_no_uint8_rgb_array_gets_a_sentence_that_says_so(picture):
     vlm = Script(plan(), accept())
@@ -775,6 +802,14 @@ def test_unusable_replies_are_counted_for_ever_but_asked_for_afresh(tmp_path):
     assert go(folder=tmp_path)[-1].cost() == models.cost()
 
 
+def test_a_replay_decodes_each_clip_once(tmp_path, monkeypatch):
+    go(plan(), reject(), reject(), accept(), folder=tmp_path)
+    read, decoded = c.read_clip, []
+    monkeypatch.setattr(c, "read_clip", lambda *x: decoded.append(x[1]["clip"]) or read(*x))
+    go(folder=tmp_path)
+    assert decoded == ["clips/001.mkv", "clips/002.mkv", "clips/003.mkv"]
+
+
 def test_failures_of_an_earlier_start_are_counted_and_the_seeds_go_on(tmp_path):
     with pytest.raises(c.Problem):
         go(plan(), vgm=Painter(fail=[1, 2]), folder=tmp_path)
@@ -859,6 +894,21 @@ def test_over_200_steps_memory_grows_by_the_joined_frames_and_a_step_costs_the_s
     assert marks[-1][1] - marks[50][1] < 1.2 * one * (steps - 51)
     early, late = (marks[b][0] - marks[a][0] for a, b in ((20, 80), (139, 199)))
     assert late < 1.5 * early + 0.2
+
+
+def test_of_clips_that_never_joined_only_the_best_is_kept(unsynced):
+    held = []
+
+    class Watching(c.CollabVR):
+        def plan(self, I0, q, H, t):
+            held.append([x.d.good_fraction for x in H.rejected])
+            return super().plan(I0, q, H, t)
+
+    replies = [x for k in (1, 3, 2) for x in (plan(), *[reject(good=k / 10)] * 3)]
+    models = c.Models(Painter(), Script(*replies))
+    result = Watching(models, c.Config(on_exhausted="replan")).run(I0, "q")
+    assert held == [[], [0.1], [0.3]] and result.status == "best_attempt"
+    assert colours(result.video) == [6]  # the latest of step 2
 
 
 def test_equal_requests_are_answered_in_the_order_in_which_they_were_made(tmp_path):

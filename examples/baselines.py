@@ -144,7 +144,8 @@ class M2(CollabVR):
 
     def plan(self, I0, q: str, H: History, t: int):
         return q, self.Plan(observation="", remaining_goal=q, task_complete=False,
-                            instruction=q, target_state="", estimated_steps_remaining=1)
+                            instruction=q, target_state="as the task prompt says",
+                            estimated_steps_remaining=1)
 
 
 METHODS = {"single": Single, "pass2": Pass2, "pass4": Pass4, "videotpo": VideoTPO,

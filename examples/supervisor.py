@@ -37,7 +37,7 @@ from points import lines, read_labels, restore, store, write_lines, write_page
 from summary import Table
 
 import collabvr
-from collabvr import CollabVR, Config, Models, OpenAIVLM, Problem, explained
+from collabvr import Clip, CollabVR, Config, Models, OpenAIVLM, Problem, explained
 
 PAPER = {  # Table 6, as published: D1, D2 (kappa on Gen-ViRe only) and D3
     "paper: Gemini 2.5 Pro": (["68.0%", ".366"], ["84.8%", "65.6%", "75.2%", ".676"],
@@ -56,14 +56,16 @@ class Replay(Models):
         self.folder, self.vlm, self.seed = folder, vlm, 0
         self.told, self.calls, self.asked = iter(calls), [], []
 
-    def call(self, role: str, t: int, request: list, make) -> tuple[dict, bool]:
-        line = next(self.told, {"request": ""})
-        same = role == "vgm" or line["request"] == collabvr.digest(role, request, self.vlm.identity)
-        if not same or "clip" in line and not collabvr.read_clip(self.folder, line):
+    def call(self, role: str, t: int, request: list, make) -> tuple[dict, Clip | None, bool]:
+        line = next(self.told, {"role": "", "request": ""})
+        clip = collabvr.read_clip(self.folder, line) if "clip" in line else None
+        key = line["request"] if role == "vgm" else collabvr.digest(
+            role, request, self.vlm.identity)  # of a generator's nothing is known here
+        if line["role"] != role or line["request"] != key or "clip" in line and not clip:
             raise Problem(f"{self.folder} cannot be replayed: a clip is missing, or it was made by "
                           "another version of collabvr.py.")
         self.calls.append(line)
-        return line, False
+        return line, clip, False
 
     def ask(self, role: str, instructions: str, parts: list, schema, t: int = 1):
         reply = super().ask(role, instructions, parts, schema, t)
@@ -109,7 +111,8 @@ class Export:
 
 @dataclass
 class Ask:
-    """Puts the questions to a VLM. The same command goes on where it stopped."""
+    """Puts the questions to a VLM. The same command goes on where it stopped; a question without a
+    usable reply is asked once more by each start."""
     points: tyro.conf.Positional[Path]  # what export wrote
     vlm: OpenAIVLM
     name: str = ""  # of its file in replies/ (default: the VLM's)
@@ -162,8 +165,9 @@ def plan_depth(labels: list, said: dict) -> list:
     """D1. Steps from here, the planned one included; an unusable plan is no match."""
     pairs = []
     for x in [x for x in labels if x.steps is not None]:
-        p = said[x.id] or {}
-        pairs.append((x.steps, 0 if p.get("task_complete") else p.get("estimated_steps_remaining")))
+        p = said[x.id]
+        pairs.append((x.steps, p and (
+            0 if p["task_complete"] else max(1, p["estimated_steps_remaining"]))))  # as in line 10
     usable = [pair for pair in pairs if pair[1] is not None]
     return [len(pairs), share([a == b for a, b in pairs]),
             estimate(needed("sklearn.metrics").mean_absolute_error, *columns(usable))]
@@ -214,6 +218,10 @@ class Score:
             said = {x["id"]: x.get("reply") for x in lines(path)}
             if missing := [x.id for x in labels if x.id not in said]:
                 raise Problem(f"{path} has no reply to {missing[0]}, which {self.labels} labels.")
+            for x in labels:
+                wrong = "verdict" if x.steps is not None else "task_complete"
+                if wrong in (said[x.id] or {}):
+                    raise Problem(f"{self.labels}: {x.id} has a label of the other role.")
             for table, measure in zip(tables, (plan_depth, verifier, suggestions), strict=True):
                 table.rows.append([path.stem, *measure(labels, said)])
             pairs = verdicts(labels, said)

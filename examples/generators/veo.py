@@ -242,7 +242,7 @@ Reply with one JSON object with the fields reason, action, suggestion.
     def single_shot(self, I0, q: str, a_t: str) -> Attempt:
         """A clip for the whole task, verified with the task as the planned action."""
         p = self.Plan(observation="", remaining_goal=q, task_complete=False, instruction=q,
-                      target_state="", estimated_steps_remaining=1)
+                      target_state="as the task prompt says", estimated_steps_remaining=1)
         c_t = self.g(I0, a_t, 1)
         return Attempt(1, a_t, c_t, self.verify(I0, q, History(), c_t, a_t, p, 1)[1])
 

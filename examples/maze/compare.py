@@ -7,9 +7,9 @@
     python examples/maze/compare.py .. --methods route1,best1,replan1   what follows a rejection
 
 The mazes come from seeds that training never used; `foreign` ones are made and drawn by another
-program, in other palettes, and get as many steps as their path has segments. A score comes from
-world.py's rule, never from the VLM that steered. Each finished run is a line in DIR/runs.jsonl, and
-the same command goes on where it stopped; results.json holds the rows and figures need matplotlib.
+program, in other palettes, and get as many steps as their path has segments, three at least. A
+score comes from world.py's rule, never from the VLM that steered. Each finished run is a line in
+DIR/runs.jsonl, and the same command with the same code goes on; results.json has the means.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ import collabvr
 SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
     "gemini": vlm.Errors(0.848, 0.656, 0.680, 1), "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
     "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3)}
-METHODS = {  # name: (class, what differs from the defaults of collabvr.Config)
+METHODS = {  # name: (class, what differs from run.py's CONFIG)
     **{name: (method, {}) for name, method in baselines.METHODS.items()},
     "best": (collabvr.CollabVR, {"on_exhausted": "best"}),  # M1+M2 without router
     "replan": (collabvr.CollabVR, {"on_exhausted": "replan"}),
@@ -162,17 +162,18 @@ def exhausted(calls: list[dict], config: collabvr.Config) -> list[tuple[str, boo
 
 
 def collect(args) -> list[dict]:
-    """All rows that are asked for, old ones from the file, new ones on both cores."""
-    weights = sorted(args.vgm.glob("*/*.safetensors"))
-    vgm = hashlib.sha256(b"".join(p.read_bytes() for p in weights)).hexdigest()[:12]
+    """All rows that are asked for: the same code's from the file, new ones from --workers."""
+    used = [*sorted(args.vgm.glob("*/*.safetensors")), *(
+        Path(x.__file__) for x in (collabvr, baselines, vlm, world))]
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in used)).hexdigest()[:12]
     path, rows = args.out / "runs.jsonl", []
     with contextlib.suppress(FileNotFoundError):
         for line in path.read_text().splitlines():
             with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill: run again
-                rows.append(json.loads(line))
+                rows += [r] if (r := json.loads(line)).get("code") == code else []
     keys = [(m, k, i, args.seed) for i in range(args.mazes) for k in args.segments
             for m in args.methods]
-    done = {(r["method"], r["segments"], r["i"], r["seed"]): r for r in rows if r["vgm"] == vgm}
+    done = {(r["method"], r["segments"], r["i"], r["seed"]): r for r in rows}
     todo = [key for key in keys if key not in done]
     fresh = multiprocessing.get_context("spawn")
     with (path.open("a") as file, tqdm(total=len(keys), initial=len(keys) - len(todo)) as bar,
@@ -180,7 +181,7 @@ def collect(args) -> list[dict]:
         futures = {pool.submit(sample, *key): key for key in todo}
         try:
             for future in as_completed(futures):
-                done[futures[future]] = row = future.result() | {"vgm": vgm}
+                done[futures[future]] = row = future.result() | {"code": code}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 bar.update()

@@ -83,13 +83,15 @@ def main(argv=None) -> int:
                 "run", "--data", str(data / "mazes.jsonl"), "--out", str(args.out / method),
                 "--method", method, *OPTIONS, *served(vlm.Errors())]):
             return status
-    supervisor.main(["export", str(args.out), "--out", str(folder)])
+    if status := supervisor.main(["export", str(args.out), "--out", str(folder)]):
+        return status
     points.write_lines(args.out / "labels.jsonl", [
         label(x, [points.restore(folder, y) for y in x["parts"]], mazes[x["id"].split("/")[2]])
         for x in points.lines(folder / "points.jsonl")])
     for name, errors in {"perfect": vlm.Errors(), **SUPERVISORS}.items():
-        supervisor.main(["ask", str(folder), "--name", name, "--vlm", vlm.MODEL,
-                         "--verify-fps", "8", *served(errors)])
+        if status := supervisor.main(["ask", str(folder), "--name", name, "--vlm", vlm.MODEL,
+                                      "--verify-fps", "8", *served(errors)]):
+            return status
     print(json.dumps({k: [e.depth_match, e.accept_recall, e.reject_recall]
                       for k, e in SUPERVISORS.items()}))
     return supervisor.main(["score", str(args.out / "labels.jsonl"), *(

@@ -355,7 +355,7 @@ class Models:
         `model`, `host`, and `fault` if the reply was cut off or refused. parts: strings, pictures
         and Clips in reading order; schema: the pydantic model that the reply must fit.
     Either may have `identity`, a dict of the settings that change its answers.
-    folder: for calls.jsonl and clips/, by default a temporary one; Problem if it is in use."""
+    folder: for calls.jsonl and clips/, by default a temporary one; locked till lock.release()."""
 
     def __init__(self, vgm, vlm, folder: str | Path | None = None, seed: int = 0):
         self.vgm, self.vlm, self.seed = vgm, vlm, seed
@@ -411,8 +411,7 @@ class Models:
         return line | {"seconds": clip.seconds, "size": size, "clip": name}, clip
 
     def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1):
-        """A role's reply, as `schema`. What does not fit is asked for again with the error, twice
-        at most; then Problem. It is never taken for an accept. [D9]"""
+        """A role's reply, as `schema`. What does not fit is asked for again, twice at most. [D9]"""
         fault, failures = "", 0
         while failures < 3:
             again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
@@ -450,7 +449,7 @@ class Models:
             made, clip = make(*request)
             line = {**made, "t": t, "role": role, "request": key}
             line.setdefault("wall_seconds", round(time.monotonic() - began, 3))
-            text = clean(json.dumps(line))
+            text = clean(json.dumps(line, default=lambda x: getattr(x, "item", x.__repr__)()))
             with open(self.folder / "calls.jsonl", "a") as file:
                 file.write(text + "\n")
                 file.flush()
@@ -516,10 +515,12 @@ class OpenAIVLM:
         import openai
         google = self.host.split(":")[0].lower() == GOOGLE.split("/")[2]
         names = ("GEMINI_API_KEY", "GOOGLE_API_KEY") if google else ("OPENAI_API_KEY",)
-        key = next(filter(None, map(os.environ.get, names)), None if google else "none")
+        keys = (os.environ.get(name, "").strip() for name in names)
+        key = next(filter(None, keys), None if google else "none")
         if not key:
             raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples/maze.")
-        with explained(f"{self.vlm_url} gave no usable answer; is it an API's URL?", Exception):
+        hint = "" if "/v1" in self.vlm_url else "; a base URL usually ends in /v1"
+        with explained(f"{self.vlm_url} gave no usable answer{hint}", Exception):
             yield openai.OpenAI(api_key=key, base_url=self.vlm_url, max_retries=max_retries,
                                 timeout=openai.Timeout(self.timeout, connect=8))
 
@@ -644,8 +645,7 @@ class Wan:
                 torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s, the conditioning frame included. [D8]
-        Raises ValueError if it is not finite, and whatever diffusers raises."""
+        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s, the conditioning frame included. [D8]"""
         import torch
         patch = (self.pipe.transformer or self.pipe.transformer_2).config.patch_size[1]
         size = fit(frame.shape[1], frame.shape[0], self.pipe.vae_scale_factor_spatial * patch)
@@ -668,12 +668,12 @@ def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
 
 
 def load_generator(wan: Wan, given: dict[str, str]):
-    """`wan`, or FILE.py:NAME in its place; a class gets what is given. An edited file is another
-    generator. Raises Problem."""
+    """`wan`, or FILE.py:NAME in its place; a class gets what is given; an edited one is another."""
     if not given and not re.search(r"\.py(:|$)", wan.vgm):
         return wan
     file, _, name = wan.vgm.rpartition(":")
     sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
+    sys.path.append(str(Path(file).resolve().parent))  # and what lies beside it
     with explained(f"--vgm {wan.vgm} cannot be loaded as FILE.py:NAME", Exception):
         made = runpy.run_path(file, run_name="vgm")[name]
         vgm: Any = functools.partial(made(**given) if given or isinstance(made, type) else made)
@@ -687,8 +687,8 @@ def load_generator(wan: Wan, given: dict[str, str]):
 def load_image(path: str | Path) -> np.ndarray:
     """A picture as uint8 RGB (H, W, 3), turned as EXIF says, alpha on white. Raises Problem."""
     with explained(f"{path} cannot be read as a picture", Exception), Image.open(path) as image:
-        if min(image.size) < 16 or math.prod(image.size) > 50e6:
-            raise Problem(f"{path} has {image.size} pixels: 16 a side is least, 50 million most.")
+        if min(image.size) < 16 or math.prod(image.size) > 50e6 or image.mode[0] in "IF":
+            raise Problem(f"{path} needs 8 bits and 16 pixels a side, 50e6 at most: {image.size}.")
         upright = ImageOps.exif_transpose(image).convert("RGBA")
         white = Image.new("RGBA", upright.size, "white")
         return np.array(Image.alpha_composite(white, upright).convert("RGB"))
@@ -756,14 +756,14 @@ def first_line(error: Any) -> str:
     if hasattr(error, "errors"):
         text = ": ".join([*map(str, error.errors()[0]["loc"]), error.errors()[0]["msg"]])
     if code := getattr(error, "status_code", 0):  # str() hides Google's bodies, which are lists
-        text = f"{code}{': a base URL usually ends in /v1' * (code == 404)}; {error.body}"
+        text = f"{code}; {error.body}"
     return clean(text).splitlines()[0][:400]
 
 
 def clean(text: str) -> str:
     """The text without what the environment calls a secret, and without what steers a terminal."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and SECRET.search(name):
+        if len(value := value.strip()) >= 8 and SECRET.search(name):
             text = text.replace(value, "***")
     return "".join(x if x.isprintable() or x == "\n" else "\N{REPLACEMENT CHARACTER}" for x in text)
 
@@ -779,7 +779,7 @@ class Command:
     vgm: Wan
     out: Path | None = None  # run folder, which resumes (default: runs/IMAGE-HASH)
     seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # seed of the first clip; later ones count up
-    vgm_arg: list[str] = field(default_factory=list)  # NAME=VALUE for the class in FILE.py:NAME
+    vgm_arg: list[str] = field(default_factory=list)  # NAME=TEXT for the class in FILE.py:NAME
     dry_run: bool = False  # check everything, load the weights, generate nothing
 
     def run(self, running: list[Models]) -> None:

@@ -737,6 +737,16 @@ def test_alpha_is_flattened_on_white_and_palettes_cmyk_and_grey_are_converted(tm
     assert (saved(tmp_path, Image.new("LA", (20, 20), (7, 255))) == 7).all()
 
 
+@pytest.mark.parametrize("values, name", [
+    (np.linspace(0, 65535, 400).astype(np.uint16), "x.png"), (np.linspace(0, 1, 400), "x.tiff")])
+def test_a_picture_of_more_than_8_bits_is_refused_and_not_taken_for_a_white_one(
+        values, name, tmp_path):
+    Image.fromarray(values.reshape(20, 20).astype(
+        np.float32 if values.dtype == float else values.dtype)).save(tmp_path / name)
+    with pytest.raises(c.Problem, match="8 bits"):
+        c.load_image(tmp_path / name)
+
+
 # --------------------------------------------------------------------------- calls.jsonl, clips/
 
 
@@ -1194,7 +1204,7 @@ def test_an_endpoint_that_refuses_ends_the_run_in_one_sentence_and_the_next_star
         assert c.main([*job, "--vlm-url", endpoint.url]) == 1
     err = capsys.readouterr().err
     assert "INVALID_ARGUMENT" in err and "Traceback" not in err and "sk-secret" not in err
-    assert f"{endpoint.url} gave no usable answer; is it an API's URL? (400" in err
+    assert f"{endpoint.url} gave no usable answer (400" in err
     assert "the same command goes on" in err
     assert not (tmp_path / "out" / "video.mp4").exists()
     with Endpoint(plan(), accept()) as endpoint:

@@ -121,8 +121,10 @@ class Run:
         path = self.out / "samples.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.out / "lock"):  # shards start together
-            old = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-            if any(new.get(x["id"]) != x for x in old):
+            with collabvr.explained(f"{path} is damaged", ValueError, KeyError, TypeError):
+                old = path.read_text().splitlines() if path.exists() else []
+                others = [x for x in map(json.loads, old) if new.get(x["id"]) != x]
+            if others:
                 raise Problem(f"{self.out} holds another method or data set: choose another --out.")
             write_file(path, "".join(json.dumps(x) + "\n" for x in new.values()).encode())
 
@@ -224,8 +226,9 @@ class OneAtATime:
 class Waiting(Models):
     """Models whose generator may be busy: the wait for it is no part of the call."""
 
-    def film(self, *request) -> dict:
-        return super().film(*request) | {"wall_seconds": self.vgm.mine.seconds}
+    def film(self, *request) -> tuple[dict, collabvr.Clip | None]:
+        line, clip = super().film(*request)
+        return line | {"wall_seconds": self.vgm.mine.seconds}, clip
 
 
 class Runner:
@@ -279,7 +282,8 @@ class Runner:
             chosen = asdict(config) | asdict(c.vlm) | asdict(c.vgm) | {"seed": c.seed}
             facts = {"input": digest(I0, x.task), "image": given.name if isinstance(
                 x.image, bytes) else x.image, "task": x.task, "settings": chosen, "id": x.id,
-                "category": x.category, "method": c.method, "made_with": c.made_with(x)}
+                "category": x.category, "method": c.method, "seconds": x.seconds,
+                "made_with": c.made_with(x)}
             start = folder / "start.json"
             if start.exists() and json.loads(start.read_bytes())["input"] != facts["input"]:
                 raise Problem(f"{folder} is a run with another image or task: choose another --out")

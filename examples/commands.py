@@ -28,7 +28,11 @@ def method(name: str) -> type[CollabVR]:
         return METHODS[name]
     with explained(f"--method {name} cannot be had; it takes FILE.py:NAME or one of "
                    f"{', '.join(METHODS)}", Exception):  # whatever the file raises
-        return runpy.run_path(file, run_name="method")[attribute]
+        sys.path.append(str(Path(file).resolve().parent))  # for what lies beside it
+        found = runpy.run_path(file, run_name="method")[attribute]
+        if not callable(getattr(found, "run", None)):
+            raise TypeError("a method is a class with run(I0, q)")
+        return found
 
 
 def guarded(prog: str, action: Callable[[], int]) -> int:

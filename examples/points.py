@@ -22,11 +22,25 @@ from collabvr import Clip, Problem, explained
 
 # ================================================================================= Lines and media
 def lines(path: Path) -> list[dict]:
-    with explained(f"{path} is no JSONL", OSError, ValueError):
-        found = [json.loads(x) for x in path.read_text().splitlines() if x.strip()]
-        if not all(isinstance(x, dict) and isinstance(x.get("id"), str) for x in found):
-            raise ValueError("a line without id")
-        return found
+    """Raises Problem for what is no JSONL with ids."""
+    found = []
+    with explained(f"{path} cannot be read", OSError, ValueError):
+        text = path.read_text()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            with explained(f"{path}, line {number}", ValueError):
+                found.append(json.loads(line))
+                if not (isinstance(found[-1], dict) and isinstance(found[-1].get("id"), str)):
+                    raise Problem(f"{path}, line {number}: no object with an id.")
+    return found
+
+
+def read_replies(path: Path) -> dict[str, dict | None]:
+    """What export or ask wrote, by id; None: no usable reply. Raises Problem."""
+    found = lines(path)
+    if wrong := [x["id"] for x in found if x.keys() not in ({"id", "reply"}, {"id", "fault"})]:
+        raise Problem(f"{path} holds no replies: {wrong[0]} has neither reply nor fault.")
+    return {x["id"]: x.get("reply") for x in found}
 
 
 def write_lines(path: Path, found: Iterable[dict]) -> None:
@@ -115,9 +129,9 @@ def write_page(folder: Path, points: list[dict]) -> Path:
     """The page on which people label. Suggestions stay hidden until a verdict can be formed."""
     suggested: dict[str, set[str]] = {}
     for path in (folder / "replies").glob("*.jsonl"):
-        for x in lines(path):
-            if x.get("reply", {}).get("verdict") == "reject" and x["reply"]["suggestion"].strip():
-                suggested.setdefault(x["id"], set()).add(x["reply"]["suggestion"])
+        for name, d in read_replies(path).items():
+            if d and d.get("verdict") == "reject" and d["suggestion"].strip():
+                suggested.setdefault(name, set()).add(d["suggestion"])
 
     def choice(question: str, field: str, values, **named) -> report.Html:
         name = json.dumps(named)
@@ -126,7 +140,7 @@ def write_page(folder: Path, points: list[dict]) -> Path:
             for v in values], name=name)
 
     def shown(parts: list) -> list[report.Html]:
-        """Pictures and clips, each over the text that announces it, and below all other texts."""
+        """Pictures and clips, each over the text that announces it, and all other texts below."""
         texts, figures = [], []
         for part in (restore(folder, x) for x in parts):
             if isinstance(part, str):

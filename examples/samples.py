@@ -20,6 +20,8 @@ from commands import needed
 
 from collabvr import Problem, explained
 
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -94,12 +96,18 @@ def gen_vire(path: Path, _) -> Iterator[Sample]:
 
 def jsonl(path: Path, _) -> Iterator[Sample]:
     with open(path, encoding="utf-8") as file:
-        for x in map(json.loads, filter(str.strip, file)):
-            yield Sample(named(x["id"]), str(path.parent / x["image"]), x["task"],
-                         str(x.get("category") or ""))
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with explained(f"{path} cannot be read, line {number}", ValueError, KeyError,
+                               TypeError):
+                    x = json.loads(line)
+                    sample = Sample(named(x["id"]), str(path.parent / x["image"]), x["task"],
+                                    str(x.get("category") or ""))
+                yield sample
 
 
 def pictures(path: Path, task: str) -> Iterator[Sample]:
     for x in sorted(path.iterdir()):
-        if x.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+        hidden = x.name.startswith(".") or not x.is_file()
+        if not hidden and x.suffix.lower() in PICTURES:
             yield Sample(named(x.stem), str(x), task)

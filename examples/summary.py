@@ -23,12 +23,14 @@ import imageio.v3 as iio
 import numpy as np
 import tyro
 from PIL import Image
+from pydantic import FiniteFloat, TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from collabvr import Models, Problem, explained, write_file
 
 MEASURES = ["video", "complete", "score", "vgm_seconds", "steps", "regenerations", "clips",
             "vlm_calls", "vlm_tokens", "dollars"]  # of a sample; shares are 0 or 1
+SCORES = TypeAdapter(dict[str, FiniteFloat])  # what scores.json holds
 
 
 @dataclass
@@ -89,18 +91,25 @@ class Summary:
 
     def read(self, folder: Path) -> list[dict]:
         """A row for every sample: MEASURES, calls, category. Raises Problem."""
-        rows, scores = [], {}
+        rows, scores, made = [], {}, set()
         with explained(f"{folder} holds no results of benchmark.py", OSError, ValueError, KeyError):
             for x in map(json.loads, (folder / "samples.jsonl").read_text().splitlines()):
                 trace, run = {"calls": [], "status": ""}, folder / "runs" / x["id"]
                 if (run / "video.mp4").exists() and (run / "trace.json").exists():
                     trace = json.loads((run / "trace.json").read_bytes())
+                    own = trace.get("seconds") and ("seconds_first", "seconds_next") or ()
+                    made.add(json.dumps({k: v for k, v in trace.get("settings", {}).items()
+                                         if k not in own}))  # the sample's own are no difference
                 rows.append(x | {"calls": trace["calls"], "video": float(trace["status"] != ""),
                                  "complete": float(trace["status"] == "complete")})
             if (folder / "scores.json").exists():
-                scores = json.loads((folder / "scores.json").read_bytes())
+                scores = SCORES.validate_json((folder / "scores.json").read_bytes())
         if scores.keys() - {x["id"] for x in rows}:
             raise Problem(f"{folder}/scores.json names samples that {folder} has not.")
+        if scores and (missing := {x["id"] for x in rows if x["video"]} - scores.keys()):
+            raise Problem(f"{folder}/scores.json lacks {min(missing)}, which has a video.")
+        if len(made) > 1:
+            print(f"{folder} holds runs of {len(made)} different settings.", file=sys.stderr)
         for x in rows:
             said, prices = x["calls"], self.prices()
             only: Any = types.SimpleNamespace(calls=said)  # all that the cost needs

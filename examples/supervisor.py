@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import commands
+import points as files
 from commands import needed
-from points import lines, read_labels, restore, store, write_lines, write_page
 from summary import Table
 
 import collabvr
@@ -77,6 +77,11 @@ class Replay(Models):
 SCHEMAS = {x.__qualname__: x for x in (CollabVR.Plan, CollabVR.FirstPlan, CollabVR.Verification)}
 
 
+def seen(vlm: OpenAIVLM) -> dict:
+    """How a VLM sees clips, by the names of the options."""
+    return {"video_input": vlm.video_input, "verify_fps": vlm.verify_fps}
+
+
 @dataclass
 class Export:
     """Keeps what finished runs asked their planner and verifier, and what they were told."""
@@ -98,14 +103,14 @@ class Export:
             method(models, config).run(collabvr.load_image(folder / "input.png"), task)
             for i, (role, t, schema, instructions, parts, reply) in enumerate(models.asked):
                 points.append({"id": f"{name}/{i:02}-{role}", "role": role, "t": t,
-                               "schema": schema, "instructions": instructions,
-                               "parts": [store(self.out, x) for x in parts]})
+                               "schema": schema, "instructions": instructions, "seen": seen(vlm),
+                               "parts": [files.store(self.out, x) for x in parts]})
                 replies.append({"id": points[-1]["id"], "reply": reply.model_dump()})
         if not points:
             raise Problem(f"{self.runs} holds no finished run that asked a planner or verifier.")
-        write_lines(self.out / "points.jsonl", points)
-        write_lines(self.out / "replies" / "run.jsonl", replies)
-        print(f"{len(points)} decision points. To label: {write_page(self.out, points)}")
+        files.write_lines(self.out / "points.jsonl", points)
+        files.write_lines(self.out / "replies" / "run.jsonl", replies)
+        print(f"{len(points)} decision points. To label: {files.write_page(self.out, points)}")
         return 0
 
 
@@ -118,12 +123,15 @@ class Ask:
     name: str = ""  # of its file in replies/ (default: the VLM's)
 
     def run(self) -> int:
-        points, replies = lines(self.points / "points.jsonl"), []
+        points, replies = files.lines(self.points / "points.jsonl"), []
         name = re.sub(r"[^-.\w]", "_", self.name or self.vlm.vlm)
+        if others := [x["seen"] for x in points if x["seen"] != seen(self.vlm)]:
+            print(f"In the runs the VLM saw clips with {others[0]}, now {seen(self.vlm)}.",
+                  file=sys.stderr)
         self.vlm.check()
         models = Models(None, self.vlm, self.points / "asked" / name)
         for x in tqdm(points, unit="point", disable=None):
-            before, parts = len(models.calls), [restore(self.points, y) for y in x["parts"]]
+            before, parts = len(models.calls), [files.restore(self.points, y) for y in x["parts"]]
             try:
                 answer = {"reply": models.ask(x["role"], x["instructions"], parts,
                                               SCHEMAS[x["schema"]], x["t"]).model_dump()}
@@ -133,8 +141,8 @@ class Ask:
                     raise  # it was the endpoint that gave up
                 answer = {"fault": faults[-1]}  # a wrong answer, of a kind of its own
             replies.append({"id": x["id"]} | answer)
-        write_lines(path := self.points / "replies" / f"{name}.jsonl", replies)
-        print(f"{path}\nTo label: {write_page(self.points, points)}")
+        files.write_lines(path := self.points / "replies" / f"{name}.jsonl", replies)
+        print(f"{path}\nTo label: {files.write_page(self.points, points)}")
         return 0
 
 
@@ -208,14 +216,16 @@ class Score:
     replies: tyro.conf.Positional[tuple[Path, ...]]  # files that export and ask wrote
 
     def run(self) -> int:
-        labels, confusions = read_labels(self.labels), []
+        labels, confusions = files.read_labels(self.labels), []
+        if not self.replies:
+            raise Problem("Name at least one file of replies.")
         tables = [Table(title, ["", "n", *heads], [[name, "", *x[i]] for name, x in PAPER.items()])
                   for i, (title, heads) in enumerate({
                       "D1, plan depth": ["exact match", "MAE"],
                       "D2, verdicts": ["accept recall", "reject recall", "overall", "kappa"],
                       "D3, suggestions (1 to 3)": ["mean", ">= 2", "= 3"]}.items())]
         for path in self.replies:
-            said = {x["id"]: x.get("reply") for x in lines(path)}
+            said = files.read_replies(path)
             if missing := [x.id for x in labels if x.id not in said]:
                 raise Problem(f"{path} has no reply to {missing[0]}, which {self.labels} labels.")
             for x in labels:

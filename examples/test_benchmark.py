@@ -445,7 +445,7 @@ def near(**values):
 def test_the_statistics_are_those_that_one_counts_by_hand(tmp_path, capsys):
     pytest.importorskip("skimage")
     one = write_results(tmp_path / "one", BY_HAND)
-    (one / "scores.json").write_text('{"s0": 0.9, "s2": 0.6}')  # s2 has no video: it counts as 0
+    (one / "scores.json").write_text('{"s0": 0.9, "s1": 0, "s2": 0.6}')  # s2, without video, is 0
     prices = ["--price-in", "1000", "--price-out", "10000", "--price-second", "0.5"]
     assert benchmark.main(["summary", str(one), *prices]) == 0
     stats = table(one, "Run statistics (Table 10)")
@@ -513,6 +513,26 @@ def test_a_folder_without_results_gets_one_sentence(tmp_path, capsys):
     assert "no results" in said and said.count("\n") == 1
     with pytest.raises(SystemExit, match="0"):
         benchmark.main(["summary", "--help"])
+
+
+@pytest.mark.parametrize("scores, said", [
+    ('{"s0": "high", "s1": 1}', "s0"), ("[1]", "valid dictionary"), ('{"s0": NaN, "s1": 1}', "s0"),
+    ('{"s0": 0.5}', "lacks s1, which has a video"), ('{"s0": 1, "s1": 1, "x": 1}', "names")])
+def test_scores_that_cannot_be_meant_get_one_sentence(scores, said, tmp_path, capsys):
+    one = write_results(tmp_path / "one", BY_HAND)
+    (one / "scores.json").write_text(scores)
+    assert benchmark.main(["summary", str(one)]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
+
+
+def test_a_summary_of_runs_with_different_settings_says_so(tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data", 2)
+    for shard, seconds in (("1/2", 1), ("2/2", 2)):
+        config = c.Config(seconds_first=seconds)
+        assert command(tmp_path, data, "out", shard=shard, config=config).run() == 0
+    assert benchmark.main(["summary", str(tmp_path / "out")]) == 0
+    assert "holds runs of 2 different settings" in capsys.readouterr().err
 
 
 def test_a_summary_of_a_real_run_counts_what_is_still_to_be_done(tmp_path):

@@ -302,7 +302,7 @@ class Script:
 
 def planned(left=1, done=False):
     return {"observation": "", "remaining_goal": "", "task_complete": done,
-            "instruction": "" if done else "Go.", "target_state": "",
+            "instruction": "" if done else "Go.", "target_state": "" if done else "There.",
             "estimated_steps_remaining": left}
 
 

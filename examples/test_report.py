@@ -215,7 +215,7 @@ def test_everything_that_a_model_or_a_user_wrote_is_escaped(tmp_path):
     assert names == [x for x, _ in Page(report.page(calm)).elements]
     assert not any("onerror" in attributes for _, attributes in Page(source).elements)
     assert Page(source).text.count(" ".join(NASTY.split())) > 10
-    assert "The generator failed after 0 s, seed 0: RuntimeError" in Page(source).text
+    assert re.search(r"generator failed after \S+ s, seed 0: RuntimeError", Page(source).text)
     index = report.write(tmp_path / "a").read_text()
     assert [x for x, _ in Page(index).elements].count("script") == 1
     assert not any("onerror" in attributes for _, attributes in Page(index).elements)

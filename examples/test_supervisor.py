@@ -177,18 +177,34 @@ def test_intervals_are_wilsons_and_a_bootstraps():
 
 
 @pytest.mark.parametrize("line, said", [
-    ('{"verdict": "accept"}', "without id"), ('{"id": "a"}', "beside id a label has steps"),
+    ('{"verdict": "accept"}', "an id"), ('{"id": "a"}', "beside id a label has steps"),
     ('{"id": "a", "verdict": "maybe"}', "verdict"), ('{"id": "a", "steps": -1}', "steps"),
-    ('{"id": "a", "steps": 1, "verdict": "accept"}', "beside id"), ('["a"]', "without id"),
+    ('{"id": "a", "steps": 1, "verdict": "accept"}', "beside id"), ('["a"]', "an id"),
     ('{"id": "a", "rating": 2}', "beside id"), ('{"id": "a", "step": 2}', "step"),
-    ('{"id": "a", "suggestion": "x", "rating": 4}', "rating"), ("accept", "no JSONL"),
+    ('{"id": "a", "suggestion": "x", "rating": 4}', "rating"), ("accept", "line 1"),
     ('{"id": "a", "verdict": "accept"}\n{"id": "a", "verdict": "reject"}', "label already"),
-    ('{"id": "elsewhere", "steps": 1}', "no reply to elsewhere"), ("", "holds no labels")])
+    ('{"id": "elsewhere", "steps": 1}', "no reply to elsewhere"), ("", "holds no labels"),
+    ('{"id": "a", "steps": 1}', "a has a label of the other role")])
 def test_a_label_file_with_a_fault_gets_one_sentence(line, said, tmp_path, capsys):
     (tmp_path / "labels.jsonl").write_text(line + "\n")
     points.write_lines(tmp_path / "vlm.jsonl", [{"id": "a", "reply": verdict("accept")}])
     told = refused(capsys, "score", tmp_path / "labels.jsonl", tmp_path / "vlm.jsonl")
     assert said in told and "labels.jsonl" in told
+
+
+def test_what_are_no_replies_is_refused(tmp_path, capsys):
+    points.write_lines(tmp_path / "labels.jsonl", [{"id": "a", "verdict": "accept"}])
+    said = refused(capsys, "score", tmp_path / "labels.jsonl", tmp_path / "labels.jsonl")
+    assert "holds no replies: a has neither reply nor fault" in said
+    assert "at least one file" in refused(capsys, "score", tmp_path / "labels.jsonl")
+
+
+def test_a_vlm_that_sees_other_frames_than_the_runs_did_is_told_so(exported, capsys):
+    folder, vlm = exported
+    assert supervisor.Ask(folder, vlm, "same").run() == 0 and not capsys.readouterr().err
+    vlm.verify_fps = 8.0
+    assert supervisor.Ask(folder, vlm, "other").run() == 0
+    assert "'verify_fps': 1.0}, now {" in capsys.readouterr().err
 
 
 def test_missing_files_get_one_sentence(tmp_path, capsys):

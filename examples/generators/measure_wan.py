@@ -132,7 +132,7 @@ class Measurement:
             [k, x["seconds"], x["seconds"] and 3600 / x["seconds"], x["GB"], x["skipped"],
              x["SSIM"], x["PSNR"]] for k, x in rows.items()]).text())
         print(*(f"{k}: {x['error']}" for k, x in rows.items() if x["error"]), sep="\n")
-        return 0
+        return 0 if any(x["seconds"] for x in rows.values()) else 1
 
     def measure(self, name: str, plain: Path, budget: float = 0, **options) -> dict:
         """A row: seconds, peak GB of the GPU, share of the passes that the cache skipped, likeness
@@ -192,7 +192,7 @@ def likeness(plain: Path, clip: Clip) -> tuple[float, float]:
 
 
 def main(argv=None) -> int:
-    """0: the table was printed; 2: something is wrong; 130: interrupted."""
+    """0: something was measured; 1: nothing was; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     return commands.guarded(

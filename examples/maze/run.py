@@ -43,6 +43,8 @@ def main(argv=None) -> int:
     parser.add_argument("--image", help="a maze picture of your own instead")
     parser.add_argument("--task", help="what is to be done in it")
     args, others = parser.parse_known_args(argv)
+    if args.maze_seed < 0:
+        parser.error("--maze-seed must not be negative")
     maze, image, out, task = None, args.image, args.out, args.task
     try:
         if image is None:

@@ -499,6 +499,8 @@ def main():
     parser.add_argument("--check", action="store_true",
                         help="train nothing, only evaluate what is in --out")
     args = parser.parse_args()
+    if args.work.is_file() or args.out.is_file():
+        parser.error("--work and --out take folders, not files")
     if not args.check:
         args.work.mkdir(parents=True, exist_ok=True)
         vae = train_vae(args).requires_grad_(False)

@@ -516,7 +516,7 @@ def test_a_folder_without_results_gets_one_sentence(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scores, said", [
-    ('{"s0": "high", "s1": 1}', "s0"), ("[1]", "valid dictionary"), ('{"s0": NaN, "s1": 1}', "s0"),
+    ('{"s0": "high", "s1": 1}', "s0"), ("[1]", "be an object"), ('{"s0": NaN, "s1": 1}', "s0"),
     ('{"s0": 0.5}', "lacks s1, which has a video"), ('{"s0": 1, "s1": 1, "x": 1}', "names")])
 def test_scores_that_cannot_be_meant_get_one_sentence(scores, said, tmp_path, capsys):
     one = write_results(tmp_path / "one", BY_HAND)

@@ -295,6 +295,15 @@ def test_a_method_of_ones_own_runs_from_a_file_and_an_edited_one_makes_its_video
         command(tmp_path, data, "new", method=f"{tmp_path}/mine.py:Thrice").run()
 
 
+def test_the_papers_routing_of_whole_samples_is_a_method_too(tmp_path):
+    veo = f"{HERE / 'generators' / 'veo.py'}:Routed"
+    data, content = write_jsonl(tmp_path / "data", 2), simulate.NapVLM(timeout=0.001)
+    assert command(tmp_path, data, "out", method=veo, vlm=content).run() == 0
+    for name in ("s0", "s1"):
+        trace = json.loads((tmp_path / "out" / "runs" / name / "trace.json").read_text())
+        assert trace["status"] == "complete" and trace["cost"]["clips"] == 1
+
+
 def test_the_worst_case_of_all_that_is_left_is_told_before_the_first_call(tmp_path, capsys):
     assert command(tmp_path, write_jsonl(tmp_path / "data", 3), "out").run() == 0
     clips, seconds, calls = c.Config(seconds_first=1, seconds_next=0.5).worst_case()

@@ -323,9 +323,9 @@ Reply with one JSON object with the fields reason, action, suggestion, estimated
             action = r.action
         d = r if r and r.suggestion.strip() else best.d
         if action in ("replan", "split"):
-            advice = f" Advice: {d.suggestion} Steps: {r.estimated_steps or '?'}." if r else ""
+            advice = r and f" Advice: {d.suggestion} Steps needed: {r.estimated_steps or '?'}."
             H.outcomes.append(f"Step {t}: {best.a_t} Outcome: rejected, nothing was kept: "
-                              f"{best.d.reason}{advice}")
+                              f"{best.d.reason}{advice or ''}")
             H.rejected[:] = [H.best()]  # all of them that may still be needed
             return H, f, None
         if action == "fallback":  # one single-shot run, N = 1: from I0, with q, not verified

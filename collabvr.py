@@ -427,7 +427,7 @@ class Models:
         answer = {k: v for k, v in self.vlm(instructions, parts, schema).items() if k != "reply"}
         text = str(answer.get("text") or "").rpartition("</think>")[2][:100_000]
         head = text.partition("{")[0]
-        if answer.get("fault") or "<think>" in head or head.rstrip().endswith("["):
+        if answer.get("fault") or re.search(r"<think>|^\s*(```\w*)?\s*\[|\[\s*$", head):  # [ a list
             return answer | {"fault": answer.get("fault") or "no JSON object"}, None
         try:
             value = jiter.from_json(text[len(head) : text.rfind("}") + 1].encode(),

@@ -447,7 +447,7 @@ def test_settings_that_are_misspelt_or_out_of_range_are_refused_in_python_too(ki
 # --------------------------------------------------------------------------- replies of the VLM
 
 BAD_REPLIES = {
-    "missing": "", "prose": "Accept.", "cut off": '{"reason": "as pl', "a list": "[]",
+    "missing": "", "prose": "Accept.", "cut off": '{"reason": "as pl', "an empty list": "[]",
     "null": "null", "markup": "<html>busy</html>",
     "wrong type": accept() | {"good_fraction": "1.0"},
     "fraction out of range": accept() | {"good_fraction": 1.7},
@@ -459,7 +459,8 @@ BAD_REPLIES = {
     "two objects": json.dumps(accept()) * 2,
     "only thought": f"<think>{json.dumps(accept())}</think>",
     "still thinking": f"<think>maybe {json.dumps(accept())} but no, it fell",
-    "a list of one": f"[{json.dumps(accept())}]",
+    "a list of one": f"[{json.dumps(accept())}]", "a list": f'["so", {json.dumps(accept())}]',
+    "a fenced list": f'\n```json\n[1, {json.dumps(accept())}]```',
     "thought over": f"{json.dumps(accept())}</think>no",
     "confidence in numbers": accept() | {"confidence": 0.9},
     "accepted though not executed": accept(executed=False),
@@ -503,7 +504,7 @@ def test_a_reply_that_was_cut_off_or_refused_is_not_used_even_if_it_parses(fault
 @pytest.mark.parametrize("wrapped", [
     "```json\nREPLY\n```", "```\nREPLY```", "Sure, here it is: REPLY Good luck!",
     "<think>It is {so}, or is it?</think>\nREPLY", "<think>a</think>{}</think>```REPLY```",
-    "half a thought, then</think>Here: REPLY\n"])
+    "half a thought, then</think>Here: REPLY\n", "After [step 1] comes: REPLY"])
 def test_thinking_tags_fences_and_a_sentence_around_a_reply_do_no_harm(wrapped):
     result, _, vlm, _ = go(*(wrapped.replace("REPLY", json.dumps(x)) for x in (plan(), accept())))
     assert result.status == "complete" and vlm.roles() == "pv"

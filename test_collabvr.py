@@ -1391,6 +1391,14 @@ class Painter:
         assert c.main([*job, "--vlm-url", endpoint.url, "--vgm-arg", "colour=a=b"]) == 0
 
 
+def test_a_generator_finds_what_lies_beside_its_file(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_gen.py").write_text("shade = 40\n")
+    (tmp_path / "gen.py").write_text("import beside_gen\n" + GENERATOR)
+    with Endpoint(plan(), accept()) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+
+
 def test_a_class_that_says_what_changes_its_answers_keeps_its_clips_when_something_else_changes(
         job, tmp_path):
     (tmp_path / "gen.py").write_text(GENERATOR + """
@@ -1463,6 +1471,14 @@ def test_google_keys_go_to_googles_host_only(monkeypatch):
     assert key(vlm_url="http://generativelanguage.googleapis.com.evil.org") == "o"
     monkeypatch.delenv("OPENAI_API_KEY")
     assert key(vlm_url="http://localhost:8000/v1") not in ("g", "o", "")
+
+
+def test_blanks_around_a_key_are_no_part_of_it_and_it_is_masked_without_them(job, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret-123\n")
+    with Endpoint(plan(), accept()) as endpoint:
+        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+    assert {key for key, _ in endpoint.requests} == {"Bearer sk-secret-123"}
+    assert c.clean("no such key: sk-secret-123!") == "no such key: ***!"
 
 
 def test_a_dry_run_checks_everything_and_generates_nothing(job, tmp_path, capsys, caplog):

@@ -207,6 +207,13 @@ def test_a_vlm_that_sees_other_frames_than_the_runs_did_is_told_so(exported, cap
     assert "'verify_fps': 1.0}, now {" in capsys.readouterr().err
 
 
+def test_help_is_about_the_command_that_it_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        supervisor.main(["ask", "--help"])
+    said = capsys.readouterr().out
+    assert "Puts the questions to a VLM" in said and "plans, checks and repairs" not in said
+
+
 def test_missing_files_get_one_sentence(tmp_path, capsys):
     assert "labels.jsonl" in refused(capsys, "score", tmp_path / "labels.jsonl", tmp_path / "x")
     assert "points.jsonl" in refused(capsys, "ask", tmp_path)

@@ -411,7 +411,7 @@ class Models:
         return line | {"seconds": clip.seconds, "size": size, "clip": name}, clip
 
     def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1):
-        """A role's reply, as `schema`. What does not fit is asked for again, twice at most. [D9]"""
+        """A role's reply as `schema`. Asked for again, twice at most, if unfit; or Problem. [D9]"""
         fault, failures = "", 0
         while failures < 3:
             again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
@@ -679,7 +679,7 @@ def load_generator(wan: Wan, given: dict[str, str]):
         vgm: Any = functools.partial(made(**given) if given or isinstance(made, type) else made)
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     vgm.check = getattr(vgm.func, "check", lambda seconds: None)
-    vgm.identity = {"name": name, "code": code} | getattr(vgm.func, "identity", given)
+    vgm.identity = {"name": name, "code": code, "is": getattr(vgm.func, "identity", given)}
     return vgm
 
 

@@ -1359,6 +1359,20 @@ def test_an_edited_generator_or_another_one_in_the_same_folder_is_not_taken_for_
     assert (tmp_path / "count").read_text() == "xxx"
 
 
+def test_arguments_of_any_name_tell_generators_apart_beside_the_code_of_their_file(tmp_path):
+    (tmp_path / "gen.py").write_text("class G:\n  def __init__(self, code, name): pass\n"
+                                     "  def __call__(self, *request): pass\n")
+
+    def identity(**given):
+        return json.dumps(c.load_generator(c.Wan(f"{tmp_path / 'gen.py'}:G"), given).identity)
+
+    pairs = ("a", "b"), ("b", "b"), ("a", "a")
+    seen = {identity(code=code, name=name) for code, name in pairs}
+    with open(tmp_path / "gen.py", "a") as file:
+        file.write("# edited")
+    assert len(seen | {identity(code="a", name="b")}) == 4
+
+
 def test_another_command_gets_another_default_folder_and_the_same_one_goes_on_in_its_own(
         job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

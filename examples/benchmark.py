@@ -74,7 +74,7 @@ class Run:
         """Runs what is not finished; the exit status. Raises Problem before any model is called."""
         i, n = map(int, self.shard.split("/"))
         listed, mine, left, worst = {}, 0, set(), np.zeros(3)
-        commands.method(self.method)
+        commands.method(self.method)  # a Problem if there is no such method
         for k, x in enumerate(samples(self.data, self.task)):
             if x.id in listed:
                 raise Problem(f"{self.data} holds two samples {x.id}.")
@@ -240,7 +240,7 @@ class Runner:
         vgm = collabvr.load_generator(
             command.vgm, dict(x.partition("=")[::2] for x in command.vgm_arg))
         vgm.check(min(command.config.seconds_first, command.config.seconds_next))
-        self.vgm = OneAtATime(vgm)
+        self.vgm, self.method = OneAtATime(vgm), commands.method(command.method)
 
     def __call__(self, row: dict) -> dict:
         """For Ray Data, which tries what a worker died of again and again: here three times."""
@@ -291,7 +291,7 @@ class Runner:
             Image.fromarray(I0).save(given)
             for path in (folder / "trace.json", folder / "video.mp4", *c.videos(x)):
                 path.unlink(missing_ok=True)  # of other settings, if any
-            result = commands.method(c.method)(models, config).run(I0, x.task)
+            result = self.method(models, config).run(I0, x.task)
             video = collabvr.save(result, models, **facts)
             for path in c.videos(x):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,8 @@ def tag(name: str, /, *inner, **attributes) -> Html:
                     for k, v in attributes.items() if v is not None)
     flat = itertools.chain(*(x if isinstance(x, list) else [x] for x in inner))
     text = "".join(x if isinstance(x, Html) else html.escape(str(x)) for x in flat if x is not None)
-    return Html(f"<{name}{given}>{text}" + f"</{name}>" * (
-        name not in ("img", "input")))
+    end = "" if name in ("img", "input") else f"</{name}>"
+    return Html(f"<{name}{given}>{text}{end}")
 
 
 def listed(fields: dict, **attributes) -> Html | None:

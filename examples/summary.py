@@ -97,7 +97,7 @@ class Summary:
                 trace, run = {"calls": [], "status": ""}, folder / "runs" / x["id"]
                 if (run / "video.mp4").exists() and (run / "trace.json").exists():
                     trace = json.loads((run / "trace.json").read_bytes())
-                    own = trace.get("seconds") and ("seconds_first", "seconds_next") or ()
+                    own = ("seconds_first", "seconds_next") if trace.get("seconds") else ()
                     made.add(json.dumps({k: v for k, v in trace.get("settings", {}).items()
                                          if k not in own}))  # the sample's own are no difference
                 rows.append(x | {"calls": trace["calls"], "video": float(trace["status"] != ""),

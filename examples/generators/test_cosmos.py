@@ -162,7 +162,7 @@ def test_it_is_a_generator_of_the_command_line_and_its_defaults_are_the_papers(f
     wanted = c.Wan(f"{HERE / 'cosmos.py'}:Cosmos")
     vgm = c.load_generator(wanted, {"vgm": folder, "sampling_steps": "2"})
     vgm.check(5)
-    assert vgm.identity["vgm"] == folder and vgm.identity["name"] == "Cosmos"
+    assert vgm.identity["is"]["vgm"] == folder and vgm.identity["name"] == "Cosmos"
     default = cosmos.Cosmos()
     assert default.fps == 16 and json.dumps(default.identity)
     with pytest.raises(c.Problem, match="sampling_steps"):

@@ -1,37 +1,47 @@
-"""What the paper compares CollabVR with (Sec. 4, Fig. 4, App. A.1), and its two modules alone
-(Table 3): each is a class that, like CollabVR, is made of models and settings and has a `run`.
+"""What the paper compares CollabVR with (Sec. 4, Fig. 4, A.1), its two modules alone (Table 3), and
+its routing of whole samples (A.5). Each method is a class, used like CollabVR:
 
     result = METHODS["pass4"](Models(vgm, vlm), Config()).run(I0, q)
 
-Counting, the journal and the asking again come with `Models`, and every clip counts. The status is
-"unverified" for the methods that check nothing. examples/maze/compare.py runs them all.
+| name     | class    | clips                                             | VLM calls         |
+|----------|----------|---------------------------------------------------|-------------------|
+| single   | Single   | 1, seed 1                                         | 0                 |
+| pass2, 4 | Pass2, 4 | k, seeds 1..k                                     | 1 picker          |
+| videotpo | VideoTPO | 5, seeds 1 2 1 2 1                                | 2 critics         |
+| preplan  | Preplan  | one a milestone, at most N_max                    | 1 planner         |
+| m1       | M1       | one a step                                        | 1 planner a step  |
+| m2       | M2       | at most M of one step                             | 1 verifier a clip |
+| routed   | Routed   | 1 for the whole task; perhaps those of CollabVR   | 1 router and them |
+| collabvr | CollabVR | the method itself                                 |                   |
+
+Every clip counts in the cost. Where nothing is verified, the status is "unverified".
 """
+
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, create_model, field_validator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result
+import collabvr
+from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result, concat
 
 
 class Single(CollabVR):
-    """Single inference: one clip of step-1 length with seed 1, the task as its prompt; no VLM."""
+    """Single inference: one clip of step-1 length with seed 1, the task as its prompt."""
 
     def run(self, I0, q: str) -> Result:
+        I0 = self.models.begin(I0, q)
         clip = self.models.generate(I0, q, self.config.seconds_first, seed=1)
         return Result(clip, "unverified", [1])
 
 
-class Pass4(CollabVR):
-    """Pass@k: k clips with the seeds 1..k; one call sees all of them and picks. Its reply is in the
-    trace, the candidates being numbered as the clips are."""
+# ------------------------------------------------------------------------------
+# Pass@k (A.1)
 
-    k = 4
-    PICKER = """\
+
+PICKER = """\
 You choose between videos that an image-to-video generator made for one and the same task. You get
 the task prompt, the input image and all candidates, numbered from 1.
 
@@ -42,16 +52,31 @@ the task prompt, the input image and all candidates, numbered from 1.
 Reply with one JSON object with the fields reason, best (the number of the candidate).
 """
 
-    def run(self, I0, q: str) -> Result:
-        class Pick(Reply):
-            reason: str
-            best: int = Field(ge=1, le=self.k)
 
-        clips = [self.models.generate(I0, q, self.config.seconds_first, seed=seed)
-                 for seed in range(1, self.k + 1)]
-        pick = self.models.ask("picker", self.PICKER, [
-            f"Task prompt: {q}", "Input image:", I0,
-            *(part for i, clip in enumerate(clips, 1) for part in (f"Candidate {i}:", clip))], Pick)
+class Pick(Reply):
+    reason: str
+    best: int = Field(ge=1)
+
+
+def pick_of(k: int) -> type[Pick]:
+    """A Pick that cannot name a candidate which does not exist."""
+    return create_model("Pick", __base__=Pick, best=(int, Field(ge=1, le=k)))
+
+
+class Pass4(CollabVR):
+    """k clips with the seeds 1..k; one call sees all of them and picks."""
+
+    k = 4
+
+    def run(self, I0, q: str) -> Result:
+        I0 = self.models.begin(I0, q)
+        seconds = self.config.seconds_first
+        parts = [f"Task prompt: {q}", "Input image:", I0]
+        clips = []
+        for seed in range(1, self.k + 1):
+            clips.append(self.models.generate(I0, q, seconds, seed=seed))
+            parts += [f"Candidate {seed}:", clips[-1]]
+        pick = self.models.ask("picker", PICKER, parts, pick_of(self.k))
         return Result(clips[pick.best - 1], "unverified", [1])
 
 
@@ -59,11 +84,11 @@ class Pass2(Pass4):
     k = 2
 
 
-class VideoTPO(CollabVR):
-    """Test-time prompt optimisation: two rounds of two clips (seeds 1, 2) and a rewritten prompt
-    each, then one clip with seed 1. Five clips; nothing is selected."""
+# ------------------------------------------------------------------------------
+# VideoTPO (A.1)
 
-    CRITIC = """\
+
+CRITIC = """\
 You improve the prompt of an image-to-video generator by looking at what it made of it. You get the
 task prompt, the input image, the current prompt and the videos that were made with it, whole.
 
@@ -74,25 +99,45 @@ task prompt, the input image, the current prompt and the videos that were made w
 Reply with one JSON object with the fields critiques, prompt.
 """
 
-    class Critique(Reply):
-        critiques: list[str] = Field(min_length=1)
-        prompt: str = Field(min_length=1)
+
+def not_blank(text: str) -> str:
+    """Checked here: engines turn a schema's minLength into a grammar that spoils texts."""
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+class Critique(Reply):
+    critiques: list[str] = Field(min_length=1)
+    prompt: str
+
+    check = field_validator("prompt")(not_blank)
+
+
+class VideoTPO(CollabVR):
+    """Test-time prompt optimisation: two rounds of two clips and a rewritten prompt each, then one
+    last clip. Nothing is selected."""
 
     def run(self, I0, q: str) -> Result:
+        I0 = self.models.begin(I0, q)
         prompt, seconds = q, self.config.seconds_first
         for _ in range(2):
-            one, two = (self.models.generate(I0, prompt, seconds, seed=seed) for seed in (1, 2))
-            prompt = self.models.ask("critic", self.CRITIC, [
-                f"Task prompt: {q}", "Input image:", I0, f"Current prompt: {prompt}",
-                "Candidate 1:", one, "Candidate 2:", two], self.Critique).prompt
+            one = self.models.generate(I0, prompt, seconds, seed=1)
+            two = self.models.generate(I0, prompt, seconds, seed=2)
+            parts = [
+                f"Task prompt: {q}", "Input image:", I0,
+                f"Current prompt: {prompt}",
+                "Candidate 1:", one, "Candidate 2:", two,
+            ]
+            prompt = self.models.ask("critic", CRITIC, parts, Critique).prompt
         return Result(self.models.generate(I0, prompt, seconds, seed=1), "unverified", [1])
 
 
-class Preplan(CollabVR):
-    """Pre-planning: all milestones first, at most N_max; then one clip each, from the last frame of
-    the one before (Fig. 4)."""
+# ------------------------------------------------------------------------------
+# Pre-planning (Fig. 4)
 
-    PREPLANNER = """\
+
+PREPLANNER = """\
 You plan for an image-to-video generator that works on a visual task in short clips. Every clip
 starts from the last frame of the one before. You get the task prompt and the input image, and you
 plan all clips now: nobody will look at what is generated before the end.
@@ -106,23 +151,43 @@ Reply with one JSON object with the fields observation, milestones (a list of ob
 fields instruction, target_state).
 """
 
-    class Milestone(Reply):
-        instruction: str = Field(min_length=1)
-        target_state: str
+
+class Milestone(Reply):
+    instruction: str
+    target_state: str
+
+    check = field_validator("instruction")(not_blank)
+
+
+class Milestones(Reply):
+    observation: str
+    milestones: list[Milestone] = Field(min_length=1)
+
+
+def milestones_of(N_max: int) -> type[Milestones]:
+    """Milestones that cannot be more than allowed."""
+    allowed = Field(min_length=1, max_length=N_max)
+    return create_model("Milestones", __base__=Milestones, milestones=(list[Milestone], allowed))
+
+
+class Preplan(CollabVR):
+    """All milestones first; then one clip each, from the last frame of the one before."""
 
     def run(self, I0, q: str) -> Result:
-        class Milestones(Reply):
-            observation: str
-            milestones: list[Preplan.Milestone] = Field(min_length=1, max_length=self.config.N_max)
-
-        plan = self.models.ask("planner", self.PREPLANNER, [
-            f"Task prompt: {q}", "Input image:", I0, f"Clips: at most {self.config.N_max}"],
-            Milestones)
+        I0 = self.models.begin(I0, q)
+        N_max = self.config.N_max
+        parts = [f"Task prompt: {q}", "Input image:", I0, f"Clips: at most {N_max}"]
+        plan = self.models.ask("planner", PREPLANNER, parts, milestones_of(N_max))
         H, f = History(), I0
         for t, milestone in enumerate(plan.milestones, 1):
-            H.join(Attempt(t, milestone.instruction, self.g(f, milestone.instruction, t)))
-            f = H.joined[-1].c_t.frames[-1]
-        return H.result("unverified")
+            c_t = self.g(f, milestone.instruction, t, 1)
+            H.join(Attempt(t, milestone.instruction, c_t))
+            f = c_t.frames[-1]
+        return Result(concat(H.clips), "unverified", H.unverified)
+
+
+# ------------------------------------------------------------------------------
+# The two modules alone (Table 3)
 
 
 class M1(CollabVR):
@@ -137,16 +202,77 @@ class M1(CollabVR):
 
 
 class M2(CollabVR):
-    """Verification and evolution alone: one step, whose action is q. So no router can split it."""
+    """Verification and evolution alone: one step, whose action is q. No router can split it."""
 
     def __init__(self, models: Models, config: Config | None = None):
         super().__init__(models, replace(config or Config(), N_max=1))
 
     def plan(self, I0, q: str, H: History, t: int):
-        return q, self.Plan(observation="", remaining_goal=q, task_complete=False,
-                            instruction=q, target_state="as the task prompt says",
-                            estimated_steps_remaining=1)
+        return q, collabvr.Plan(
+            observation="",
+            remaining_goal=q,
+            task_complete=False,
+            instruction=q,
+            target_state="as the task prompt says",
+            estimated_steps_remaining=1,
+        )
 
 
-METHODS = {"single": Single, "pass2": Pass2, "pass4": Pass4, "videotpo": VideoTPO,
-           "preplan": Preplan, "m1": M1, "m2": M2, "collabvr": CollabVR}
+# ------------------------------------------------------------------------------
+# The router asked once a sample (A.5, for Veo 3.1)
+
+
+SAMPLE_ROUTER = """\
+An image-to-video generator made one clip for a whole task. You decide, once, how to go on. You get
+the task prompt, the input image and the clip.
+
+- keep: the clip does what was asked for, or falls short in details only, and what a new one would
+  gain is not worth what it may spoil.
+- loop: the clip fails the task, or the task needs several actions or states in between. It is
+  planned and generated anew, step by step, from the input image on.
+
+Reply with one JSON object with the fields reason, action (keep or loop).
+"""
+
+
+class SampleRouting(Reply):
+    reason: str
+    action: Literal["keep", "loop"]
+
+
+class Routed(CollabVR):
+    """One clip for the whole task; a router keeps it or goes on with Algorithm 1.
+
+    The paper speaks of the same router as for a step. That one reads a verifier's diagnosis, which
+    there is none of here, and answers with other actions: so this prompt is one of its own. The
+    router's reason is not handed on: the loop begins as always. A clip that is kept was checked by
+    no verifier: its status is "unverified".
+    """
+
+    def run(self, I0, q: str) -> Result:
+        I0 = self.models.begin(I0, q)
+        clip = self.models.generate(I0, q, self.config.seconds_first)
+        parts = [f"Task prompt: {q}", "Input image:", I0, "Clip:", clip]
+        r = self.models.ask("router", SAMPLE_ROUTER, parts, SampleRouting)
+        if r.action == "keep":
+            return Result(clip, "unverified", [1])
+        return CollabVR(Begun(self.models), self.config).run(I0, q)
+
+
+class Begun:
+    """The models of a run that has begun: what follows in it may not begin another."""
+
+    def __init__(self, models: Models):
+        self.models = models
+
+    def begin(self, I0, q: str):
+        return I0
+
+    def __getattr__(self, name: str):
+        return getattr(self.models, name)
+
+
+METHODS = {
+    "single": Single, "pass2": Pass2, "pass4": Pass4, "videotpo": VideoTPO, "preplan": Preplan,
+    "m1": M1, "m2": M2, "routed": Routed, "collabvr": CollabVR,
+}

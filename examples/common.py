@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
 import json
@@ -152,18 +153,14 @@ def read_json(path: Path | None) -> dict:
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The JSON values of a file's lines, each with its line number. Raises Problem, OSError."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:  # with or without a BOM
-        number = 0
-        while True:
-            number += 1
-            with explained(f"{path}, line {number}, is no JSON in UTF-8", ValueError):
-                line = file.readline()
-                if not line:
-                    return
-                if not line.strip():
-                    continue
-                value = json.loads(line)
-            yield number, value
+    with open(path, "rb") as file:  # as bytes: a text's U+2028 is no end of a line
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                with explained(f"{path}, line {number}, is no JSON in UTF-8", ValueError):
+                    value = json.loads(line.decode())
+                yield number, value
 
 
 def write_lines(path: Path, rows: list) -> None:

@@ -1,0 +1,238 @@
+"""What the examples share: intervals, tables, run folders that are not trusted, command lines."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collabvr import Clip, Problem, RecordedModels, Result
+from examples import common
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = np.full((16, 24, 3), 9, np.uint8)
+
+
+# ------------------------------------------------------------------------------
+# Intervals and tables
+
+
+def test_wilson_is_the_published_interval():
+    """Newcombe 1998, Table I: 81 of 263, and 0 of 20."""
+    assert common.wilson([1] * 81 + [0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert common.wilson([0] * 20) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_the_bootstrap_covers_a_mean_about_19_times_in_20():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        low, high = common.bootstrap(np.mean, rng.normal(3, 1, 50))
+        hits += low < 3 < high
+    assert 88 <= hits <= 99
+
+
+def test_the_bootstrap_draws_rows_whole():
+    """A statistic of two columns sees pairs: the second is twice the first in every draw."""
+    x = np.arange(10)
+    assert common.bootstrap(lambda a, b: float(np.abs(2 * a - b).max()), x, 2 * x) == (0, 0)
+
+
+def test_a_paired_difference_has_the_pairs_spread_only():
+    base = np.random.default_rng(1).normal(0, 100, 50)
+    mean, low, high = common.paired(base, base + 1)
+    assert mean == low == high == pytest.approx(1)
+
+
+def test_texts_of_shares_and_estimates():
+    assert common.percent([1, 1, 0]) == "67 % (21-94)" and common.percent([]) == "-"
+    assert common.percent([1, 1, 0], digits=1).startswith("66.7 %")
+    assert common.estimate(np.mean, [1, 1, 1]) == "1.000 (1.00-1.00)"
+    assert common.estimate(np.mean, [1]) == "-"
+
+
+def test_a_table_is_text_and_markdown():
+    table = common.Table("T", ["", "n", "share"], [["a|b", 1200, 0.5], ["c\nd", None, "x"]])
+    assert table.text().split("\n")[:3] == ["T", "         n  share", "a|b  1,200  0.500"]
+    assert "| a\\|b | 1,200 | 0.500 |\n| c d | - | x |" in table.markdown()
+    assert table.markdown().split("\n")[3] == "|---|---:|---:|"
+
+
+# ------------------------------------------------------------------------------
+# Run folders
+
+
+def paint(frame, prompt, seconds, seed):
+    return Clip(np.repeat(frame[None], 1 + int(4 * seconds), 0), 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run of one clip."""
+    models = RecordedModels(paint, None, tmp_path / "run")
+    models.facts = {"settings": {"seed": 0}}
+    models.begin(PICTURE, "go")
+    clip = models.generate(PICTURE, "go", 2)
+    models.save(Result(clip, "unverified", [1]))
+    return tmp_path / "run"
+
+
+def test_a_finished_run_is_read_as_it_was_made(folder):
+    run = common.load_run(folder)
+    assert run.status == "unverified" and run.facts["task"] == "go"
+    assert run.notes == ["In the video without an accept: step 1."]
+    (call,) = run.calls
+    assert (run.clip(call).frames == PICTURE).all() and run.clip(call).seconds == 2
+    assert (run.picture() == PICTURE).all() and run.video().name == "video.mp4"
+    assert run.cost()["vgm_seconds"] == 2
+
+
+def test_an_unfinished_run_is_read_from_its_calls(folder):
+    (folder / "trace.json").unlink()
+    with open(folder / "calls.jsonl", "a") as file:
+        file.write('{"role": "planner", "t": 1, "fault": "no JSON object"}\n{"torn')
+    run = common.load_run(folder)
+    assert (run.status, run.notes) == ("failed", ["planner: no JSON object"])
+    assert len(run.calls) == 2 and run.video() is None, "the video may be of an older run"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("trace.json", "[]"), ("trace.json", '{"calls": 1}'), ("trace.json", "{"),
+    ("trace.json", '{"calls": [{"role": 1}], "status": "", "unverified_steps": []}'),
+    ("start.json", "7"),
+])
+def test_a_damaged_run_is_refused_in_one_sentence(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(Problem, match="holds no run"):
+        common.load_run(folder)
+
+
+@pytest.mark.parametrize("name", [
+    "../secret", "/etc/hostname", "linked", "linked_folder/secret", "clips/../../secret", "x\0y",
+    "loop", "clips"])
+def test_nothing_outside_the_folder_is_read(folder, name):
+    """No name leads out, no link does, and a folder is no file."""
+    (folder.parent / "secret").write_text("secret")
+    (folder / "linked").symlink_to(folder.parent / "secret")
+    (folder / "linked_folder").symlink_to(folder.parent)
+    (folder / "loop").symlink_to("loop")
+    assert common.load_run(folder).file(name) is None
+
+
+def test_a_link_in_a_run_folder_shows_nothing(folder, tmp_path):
+    for name in ("video.mp4", "input.png", "clips/001.mkv"):
+        (folder / name).rename(tmp_path / "moved")
+        (folder / name).symlink_to(tmp_path / "moved")
+    run = common.load_run(folder)
+    assert run.video() is None and run.picture() is None and run.clip(run.calls[0]) is None
+
+
+def test_a_run_folder_that_is_a_link_out_of_the_root_is_empty(folder, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "run").symlink_to(folder)
+    assert common.load_run(results / "run").calls
+    assert common.load_run(results / "run", results).calls == []
+
+
+def test_what_a_trace_names_is_never_imported(folder, tmp_path, monkeypatch):
+    """Whatever field it stands in."""
+    (tmp_path / "evil.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    trace = json.loads((folder / "trace.json").read_text())
+    trace |= {k: "evil.py:X" for k in ("method", "vgm", "vlm", "generator", "status")}
+    (folder / "trace.json").write_text(json.dumps(trace))
+    assert common.load_run(folder).status == "evil.py:X"
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+def test_readers_of_data_have_no_importer_and_no_pickle():
+    """The files that read what others made; common.needed imports what this code names."""
+    words = ("pickle", "eval(", "exec(", "runpy", "__import__", "allow_pickle", "torch.load")
+    for name in ("common.py", "bench/samples.py", "bench/summary.py", "bench/run.py"):
+        text = (ROOT / "examples" / name).read_text()
+        assert [word for word in words if word in text] == [], name
+
+
+# ------------------------------------------------------------------------------
+# Lines of JSON
+
+
+def test_lines_end_at_newlines_only(tmp_path):
+    """U+2028 inside a text is no line end, whatever the locale; a byte-order mark is none of it."""
+    (tmp_path / "x").write_bytes('\ufeff{"a": "b\u2028c\x85"}\n\n{"a": "猫"}'.encode())
+    assert list(common.read_lines(tmp_path / "x")) == [(1, {"a": "b\u2028c\x85"}), (3, {"a": "猫"})]
+
+
+@pytest.mark.parametrize("data", [b'{"a": 1}\n{', b'{"a": 1}\n"\xff"'])
+def test_a_line_that_is_no_json_is_named(tmp_path, data):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(Problem, match="x, line 2, is no JSON in UTF-8"):
+        list(common.read_lines(tmp_path / "x"))
+
+
+# ------------------------------------------------------------------------------
+# Command lines
+
+
+@dataclass
+class Say:
+    """Says something."""
+
+    word: str = "hello"
+    loud: bool = False
+
+    def run(self) -> int:
+        if self.word == "wrong":
+            raise Problem("This word\nis wrong.")
+        print(self.word.upper() if self.loud else self.word)
+        return 0
+
+
+def test_a_command_runs_and_returns_its_status(capsys):
+    assert common.command("say", "Doc.", Say, ["--loud"]) == 0
+    assert common.command("say", "Doc.", {"one": Say, "two": Say}, ["two", "--word", "x"]) == 0
+    assert capsys.readouterr().out == "HELLO\nx\n"
+
+
+def test_a_problem_is_one_sentence_and_status_2(capsys):
+    assert common.command("say", "Doc.", Say, ["--word", "wrong"]) == 2
+    assert capsys.readouterr().err == "say: This word is wrong.\n"
+
+
+def test_a_wrong_option_is_status_2_and_help_is_0(capsys):
+    assert common.command("say", "Doc.", Say, ["--bogus"]) == 2
+    assert "--bogus" in capsys.readouterr().err
+    assert common.command("say", "Doc.", Say, ["--help"]) == 0
+    assert "Doc." in capsys.readouterr().out
+
+
+def test_a_missing_package_says_what_to_install():
+    with pytest.raises(Problem, match="no_such is needed: pip install -r examples/requirements"):
+        common.needed("no_such")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_is_130_and_a_sentence(sent):
+    code = ("import signal, sys, time; from examples import common\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs ignore it\n"
+            "def work(): print('ready', flush=True); time.sleep(60)\n"
+            "sys.exit(common.guarded('nap', work))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(sent)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "nap: Interrupted. The same command goes on from here.\n"
+
+
+def test_the_guard_leaves_the_signal_as_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    assert common.guarded("x", lambda: 0) == 0
+    assert signal.getsignal(signal.SIGTERM) is before

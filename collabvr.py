@@ -38,9 +38,9 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -1193,17 +1193,21 @@ class RecordedModels(Models):
 
 
 def identity(model) -> Any:
-    """What makes a model another one: its `identity` or else its source file and its fields."""
+    """What makes a model another one: its `identity`, or else its source file and its fields."""
     if hasattr(model, "identity"):
         return model.identity
+    if isinstance(model, partial):
+        return [identity(model.func), model.args, model.keywords]
     function = model if inspect.isroutine(model) else type(model).__call__
     code = getattr(inspect.unwrap(function), "__code__", None)
-    fields = asdict(model) if is_dataclass(model) else {}  # type: ignore[arg-type]
-    if code is None:
-        return [fields]
-    linecache.checkcache(code.co_filename)  # it may have been edited
-    source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
-    return [fields, code.co_qualname, source]
+    source = []
+    if code is not None:
+        linecache.checkcache(code.co_filename)  # it may have been edited
+        source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
+    values = {}
+    if is_dataclass(model):
+        values = {each.name: getattr(model, each.name) for each in fields(model)}
+    return [type(model).__qualname__, values, source]
 
 
 def digest(*parts) -> str:
@@ -1330,6 +1334,7 @@ def prepare_terminal() -> None:
     handler.setFormatter(CleanFormatter())
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
+    logging.getLogger("openai").setLevel(logging.INFO)  # says when it tries again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -38,9 +38,9 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -1054,14 +1054,18 @@ def mp4(clip: Clip) -> bytes:
 
 
 def lossless(clip: Clip) -> bytes:
-    """FFV1 in Matroska: read_video gives the same frames, bit for bit."""
+    """FFV1 in Matroska: read_lossless gives the same frames, bit for bit."""
     return iio.imwrite("<bytes>", clip.frames, extension=".mkv", plugin="pyav", codec="ffv1",
                        out_pixel_format="bgr0", fps=clip.fps)
 
 
-def read_video(data: bytes) -> np.ndarray:
-    """The frames of a video, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError."""
-    return iio.imread(data, plugin="pyav")
+def read_lossless(data: bytes) -> np.ndarray:
+    """The frames, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError.
+
+    The format is named, because ffmpeg would also follow a playlist to other files.
+    """
+    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:
+        return file.read()
 
 
 # ------------------------------------------------------------------------------
@@ -1172,7 +1176,7 @@ class RecordedModels(Models):
             data = (self.folder / "clips" / Path(call.clip).name).read_bytes()
             if hashlib.sha256(data).hexdigest() != call.sha256:
                 return None
-            clip = Clip(read_video(data), call.size[2])
+            clip = Clip(read_lossless(data), call.size[2])
         except (OSError, av.FFmpegError):
             return None
         return clip if clip.seconds == call.seconds else None
@@ -1193,17 +1197,21 @@ class RecordedModels(Models):
 
 
 def identity(model) -> Any:
-    """What makes a model another one: its `identity` or else its source file and its fields."""
+    """What makes a model another one: its `identity`, or else its source file and its fields."""
     if hasattr(model, "identity"):
         return model.identity
+    if isinstance(model, partial):
+        return [identity(model.func), model.args, model.keywords]
     function = model if inspect.isroutine(model) else type(model).__call__
     code = getattr(inspect.unwrap(function), "__code__", None)
-    fields = asdict(model) if is_dataclass(model) else {}  # type: ignore[arg-type]
-    if code is None:
-        return [fields]
-    linecache.checkcache(code.co_filename)  # it may have been edited
-    source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
-    return [fields, code.co_qualname, source]
+    source = []
+    if code is not None:
+        linecache.checkcache(code.co_filename)  # it may have been edited
+        source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
+    values = {}
+    if is_dataclass(model):
+        values = {each.name: getattr(model, each.name) for each in fields(model)}
+    return [type(model).__qualname__, values, source]
 
 
 def digest(*parts) -> str:
@@ -1330,6 +1338,7 @@ def prepare_terminal() -> None:
     handler.setFormatter(CleanFormatter())
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
+    logging.getLogger("openai").setLevel(logging.INFO)  # says when it tries again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -2,6 +2,7 @@
 they show nothing from outside; and in a real browser, where there is one, they play, sort and fit
 a phone."""
 
+import base64
 import html.parser
 import importlib.util
 import json
@@ -387,6 +388,103 @@ def test_index_of_many_runs_hides_all_but_one_page(tmp_path, monkeypatch):
     assert ["hidden" in x for x in lines] == [False] * 200 + [True] * 250
     assert len(source) / 450 < 1200  # bytes a row: a long task is cut
     assert not Page(index.listing("few", rows[:200])).all("nav")
+
+
+# ------------------------------------------------------------------------------
+# Folders of strangers: nothing outside of them is shown
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """What lies outside of a run folder: a picture, clips of both kinds, a text."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    clip = c.Clip(np.full((9, 32, 48, 3), 137, np.uint8), 8.0)
+    Image.fromarray(clip.frames[0]).save(folder / "picture.png")
+    (folder / "clip.mkv").write_bytes(c.lossless(clip))
+    (folder / "video.mp4").write_bytes(c.mp4(clip))
+    (folder / "text").write_text("a secret text")
+    return folder
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A run folder with one clip, which the tests change."""
+    return run(tmp_path / "runs" / "x", plan(), check())
+
+
+def with_clip(folder, name):
+    """The trace names another file as its clip."""
+    trace = json.loads((folder / "trace.json").read_text())
+    clip = next(x for x in trace["calls"] if "clip" in x)
+    clip["clip"] = name
+    (folder / "trace.json").write_text(json.dumps(trace))
+
+
+@pytest.mark.parametrize("name", ["../../secret/clip.mkv", "clips/../../../secret/clip.mkv",
+                                  "{secret}/clip.mkv", "clips/001.mkv\0", "clips", ""])
+def test_clip_outside_of_the_folder_is_not_shown(foreign, secret, name):
+    with_clip(foreign, name.format(secret=secret))
+    found = Page(shown(foreign))
+    assert [x["aria-label"] for x in found.all("video")] == ["Final video"]
+
+
+@pytest.mark.parametrize("list_of_files", [
+    "ffconcat version 1.0\nfile link.mkv\n", "ffconcat version 1.0\nfile {secret}/clip.mkv\n",
+    "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nlink.mkv\n#EXT-X-ENDLIST\n"])
+@pytest.mark.parametrize("name", ["clips/001.mkv", "video.mp4"])
+def test_playlist_as_a_clip_is_not_followed(foreign, secret, name, list_of_files, monkeypatch):
+    """A player of any format would open what the list names."""
+    monkeypatch.chdir(foreign / "clips")
+    (foreign / "clips" / "link.mkv").symlink_to(secret / "clip.mkv")
+    (foreign / name).write_text(list_of_files.format(secret=secret))
+    found = common.load_run(foreign)
+    if name == "video.mp4":
+        with pytest.raises(c.Problem, match="is no MP4"):
+            found.frames()
+    else:
+        assert found.clip(next(x for x in found.calls if x.clip)) is None
+
+
+@pytest.mark.parametrize("name, target", [
+    ("input.png", "picture.png"), ("video.mp4", "video.mp4"), ("video.mp4", "text"),
+    ("clips/001.mkv", "clip.mkv"), ("clips", ""), ("trace.json", "text"), ("start.json", "text")])
+def test_link_out_of_the_folder_is_not_followed(foreign, secret, name, target):
+    """The page says so, and the index shows nothing of it either."""
+    (secret / "001.mkv").write_bytes((secret / "clip.mkv").read_bytes())
+    path = foreign / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(secret / target)
+    source = shown(foreign)
+    assert "leads out of the folder" in source or "outside of the folder" in source
+    listing = pages.write(foreign.parent)
+    made = [x.read_bytes() for x in foreign.parent.rglob("*.html")]
+    assert len(made) == 2 and "x.html" in listing.read_text()
+    for content in (source.encode(), *made):
+        assert b"a secret text" not in content
+        for file in secret.iterdir():
+            assert base64.b64encode(file.read_bytes()) not in content
+    if name in ("input.png", "video.mp4"):
+        strip = np.array(Image.open(foreign.parent / "report" / "x.jpg")).astype(int)
+        assert (abs(strip - 137) > 10).any(-1).mean() > 0.95  # no frame of the secret's colour
+
+
+def test_picture_of_another_format_is_not_opened(foreign):
+    """Pillow starts a program for some of them."""
+    (foreign / "input.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(c.Problem, match="is no PNG"):
+        common.load_run(foreign).picture()
+
+
+def test_nothing_is_written_through_a_link(foreign, secret, capsys):
+    (foreign.parent / "report").symlink_to(secret)
+    before = sorted(secret.iterdir())
+    assert report.main([str(foreign.parent)]) == 0
+    assert "leads out of" in (foreign.parent / "report.html").read_text()
+    assert sorted(secret.iterdir()) == before
+    (foreign / "report.html").symlink_to(secret / "text")
+    assert report.main([str(foreign)]) == 0  # the link is replaced
+    assert (secret / "text").read_text() == "a secret text"
 
 
 # ------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import av
@@ -60,7 +60,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic.dataclasses import dataclass as settings  # a dataclass that checks its fields
+from pydantic.dataclasses import dataclass as settings
 
 log = logging.getLogger("collabvr")
 
@@ -128,7 +128,7 @@ class Attempt:
     t: int
     a_t: str
     c_t: Clip
-    d: Verification | None = None  # None: not verified
+    d: Any = None  # a Verification; None: not verified
 
     @property
     def accepted(self) -> bool:
@@ -169,7 +169,7 @@ class History:
         self.outcomes.append(f"Step {attempt.t}: {attempt.a_t} Outcome: {outcome}")
 
     def best(self, t: int | None = None) -> Attempt:
-        """The rejected attempt (of step t) with the most good seconds, the latest of equals. [D3]"""
+        """The rejected attempt (of step t) with most good seconds, the latest of equals. [D3]"""
         candidates = [attempt for attempt in self.rejected if t in (None, attempt.t)]
         return max(reversed(candidates), key=lambda attempt: attempt.good_seconds)
 
@@ -290,7 +290,7 @@ class CollabVR:
         return self.replan(H, f, t, f" Advice: {advice(hint)} Steps needed: {steps}.")  # split
 
     def route(self, I0, q: str, H: History, t: int) -> Routing:
-        """App. A.5: the VLM sees the best failed clip and chooses regen, split or fallback. [D13]"""
+        """App. A.5: the VLM sees the best failed clip: regen, split or fallback? [D13]"""
         best = H.best(t)
         is_last = t == self.config.N_max
         allowed = "regen, fallback" if is_last else "regen, split, fallback"
@@ -407,9 +407,7 @@ class Plan(Reply):
         return self
 
 
-class FirstPlan(Plan):
-    """A plan while H is empty. [D1]"""
-
+class FirstPlan(Plan):  # while H is empty [D1]
     @model_validator(mode="after")
     def is_not_complete(self):
         if self.task_complete:
@@ -485,9 +483,7 @@ class Routing(Reply):
     estimated_steps: int = Field(ge=0)
 
 
-class LastRouting(Routing):
-    """At t = N_max no step is left to take up a split."""
-
+class LastRouting(Routing):  # at t = N_max no step is left to take up a split
     action: Annotated[Literal["regen", "fallback"], Word]
 
 
@@ -569,8 +565,8 @@ class Models:
                 return clip
         raise Problem(f"The generator failed twice in a row ({call.error}).")
 
-    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1) -> Any:
-        """A role's reply, an instance of `schema`. Raises Problem after three unusable ones. [D9]"""
+    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t=1) -> Any:
+        """A role's reply, as `schema`. Raises Problem after three unusable ones. [D9]"""
         asked = parts
         for _ in range(3):
             call = self.call_vlm(role, t, instructions, asked, schema)
@@ -630,16 +626,16 @@ class Models:
         """A copy of what the generator returned. Raises ValueError if it is no good clip."""
         frames = getattr(made, "frames", None)
         if not isinstance(frames, np.ndarray):
-            raise ValueError(f"a generator returns a Clip with an array of frames, not {made!r:.80}")
+            raise TypeError(f"a generator returns a Clip of an array of frames, not {made!r:.80}")
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise ValueError(
                 f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
         clip = Clip(frames.copy(), float(made.fps))
         height, width = frames.shape[1:3]
         if not (0 < clip.fps <= 1000 and 1 <= min(height, width) <= max(height, width) <= 16384):
-            raise ValueError(f"a video of {width}x{height} pixels, {clip.fps:g} fps cannot be saved")
+            raise ValueError(f"a video of {width}x{height}, {clip.fps:g} fps cannot be saved")
         if len(frames) < 2 or clip.seconds < seconds / 2:
-            raise ValueError(f"{clip.seconds:g} s of new video are too few, {seconds:g} were asked")
+            raise ValueError(f"{seconds:g} s of new video were asked for, not {clip.seconds:g} s")
         size = (height, width, clip.fps)
         for call in self.calls:
             if call.size and call.size != size:
@@ -658,10 +654,10 @@ class Models:
         """Sec. 4: what the run's calls came to, whatever became of the clips."""
         clips = [call for call in self.calls if call.seconds is not None]
         cost: dict[str, Any] = {
-            "vgm_seconds": sum(call.seconds for call in clips),
+            "vgm_seconds": sum(call.seconds or 0 for call in clips),
             "clips": len(clips),
             "steps": len({call.t for call in clips}),
-            "regenerations": sum(call.j > 1 for call in clips),  # as Tables 10 and 12 count them
+            "regenerations": sum((call.j or 1) > 1 for call in clips),  # as in Tables 10 and 12
             "generator_errors": sum(call.error is not None for call in self.calls),
         }
         for total in ("calls", "tokens_in", "tokens_out", "wall_seconds"):
@@ -698,7 +694,7 @@ def find_object(text: str) -> dict:
         if not brace or "[" in before:
             raise ValueError("no JSON object") from None
         found = parse(brace + rest[: rest.rfind("}") + 1])
-    if not isinstance(found, dict):
+    if type(found) is not dict:
         raise ValueError("no JSON object")
     return found
 
@@ -738,7 +734,7 @@ def base_url(url: str) -> str:
 
 
 def json_object(text: str) -> str:
-    if not isinstance(parse(text), dict):
+    if type(parse(text)) is not dict:
         raise ValueError("not a JSON object")
     return text
 
@@ -817,7 +813,8 @@ class OpenAIVLM:
         try:
             raw = self.client.chat.completions.with_raw_response.create(**request)
         except openai.OpenAIError as error:
-            raise Problem(f"{self.vlm_url} gave no usable answer ({self.reason(error)}).") from error
+            reason = self.reason(error)
+            raise Problem(f"{self.vlm_url} gave no usable answer ({reason}).") from error
         return {"host": self.host, **read_completion(raw.text)}
 
     def reason(self, error) -> str:
@@ -909,7 +906,7 @@ class Wan:
     """Any Wan image-to-video checkpoint, in at most 832x480 pixels, never enlarged (App. A.1)."""
 
     vgm: str = "Video-Reason/VBVR-Wan2.2"  # hub id or folder (App. A.1)
-    # what waits in main memory: nothing (80 GB on the GPU), the parts or the layers (24 GB) not at work
+    # none: all on the GPU (80 GB); model: a part at a time; group: a layer at a time (24 GB)
     offload: Literal["none", "model", "group"] = "model"
     fps: Annotated[int, Field(ge=1, le=240)] = 16  # frames per second (App. A.1)
     sampling_steps: Annotated[int, Field(ge=1)] = 20  # denoising steps (App. A.1)
@@ -1022,17 +1019,19 @@ UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
 
 def load_image(path: str | Path) -> np.ndarray:
     """A picture as uint8 RGB (H, W, 3), upright, transparency on white. Raises Problem."""
-    with explained(f"{path} cannot be read as a picture; convert it to PNG or JPEG", Exception):
-        with Image.open(path) as image:
-            width, height = image.size
-            if min(width, height) < 16 or max(width, height) > 8192 or width * height > 50e6:
-                raise Problem(f"{path} has {width}x{height} pixels: a side needs 16 to 8192, and "
-                              "all of them may be 50 million.")
-            if image.mode.startswith(("I", "F")):
-                raise Problem(f"{path} has more than 8 bits a channel: convert it to 8 bits.")
-            turn = UPRIGHT.get(image.getexif().get(0x112))
-            upright = image if turn is None else image.transpose(turn)
-            colours = upright.convert("RGBA")
+    if not Path(path).is_file():
+        raise Problem(f"{path}: there is no such file.")
+    unreadable = f"{path} cannot be read as a picture; convert it to PNG or JPEG"
+    with explained(unreadable, Exception), Image.open(path) as image:
+        width, height = image.size
+        if min(width, height) < 16 or max(width, height) > 8192 or width * height > 50e6:
+            raise Problem(f"{path} has {width}x{height} pixels: a side needs 16 to 8192, and all "
+                          "of them may be 50 million.")
+        if image.mode.startswith(("I", "F")):
+            raise Problem(f"{path} has more than 8 bits a channel: convert it to 8 bits.")
+        turn = UPRIGHT.get(image.getexif().get(0x112, 1))
+        upright = image if turn is None else image.transpose(turn)
+        colours = upright.convert("RGBA")
     white = Image.new("RGBA", colours.size, "white")
     return np.array(Image.alpha_composite(white, colours).convert("RGB"))
 
@@ -1055,14 +1054,18 @@ def mp4(clip: Clip) -> bytes:
 
 
 def lossless(clip: Clip) -> bytes:
-    """FFV1 in Matroska: read_video gives the same frames, bit for bit."""
+    """FFV1 in Matroska: read_lossless gives the same frames, bit for bit."""
     return iio.imwrite("<bytes>", clip.frames, extension=".mkv", plugin="pyav", codec="ffv1",
                        out_pixel_format="bgr0", fps=clip.fps)
 
 
-def read_video(data: bytes) -> np.ndarray:
-    """The frames of a video, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError."""
-    return iio.imread(data, plugin="pyav")
+def read_lossless(data: bytes) -> np.ndarray:
+    """The frames, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError.
+
+    The format is named, because ffmpeg would also follow a playlist to other files.
+    """
+    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:
+        return file.read()
 
 
 # ------------------------------------------------------------------------------
@@ -1173,7 +1176,7 @@ class RecordedModels(Models):
             data = (self.folder / "clips" / Path(call.clip).name).read_bytes()
             if hashlib.sha256(data).hexdigest() != call.sha256:
                 return None
-            clip = Clip(read_video(data), call.size[2])
+            clip = Clip(read_lossless(data), call.size[2])
         except (OSError, av.FFmpegError):
             return None
         return clip if clip.seconds == call.seconds else None
@@ -1194,16 +1197,21 @@ class RecordedModels(Models):
 
 
 def identity(model) -> Any:
-    """What makes a model another one: its `identity` or else its source file and its fields."""
+    """What makes a model another one: its `identity`, or else its source file and its fields."""
     if hasattr(model, "identity"):
         return model.identity
+    if isinstance(model, partial):
+        return [identity(model.func), model.args, model.keywords]
     function = model if inspect.isroutine(model) else type(model).__call__
     code = getattr(inspect.unwrap(function), "__code__", None)
-    fields = asdict(model) if is_dataclass(model) else {}
-    if code is None:
-        return [fields]
-    linecache.checkcache(code.co_filename)  # it may have been edited
-    return [fields, code.co_qualname, linecache.getlines(code.co_filename)]  # a notebook's cell, too
+    source = []
+    if code is not None:
+        linecache.checkcache(code.co_filename)  # it may have been edited
+        source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
+    values = {}
+    if is_dataclass(model):
+        values = {each.name: getattr(model, each.name) for each in fields(model)}
+    return [type(model).__qualname__, values, source]
 
 
 def digest(*parts) -> str:
@@ -1211,7 +1219,8 @@ def digest(*parts) -> str:
 
     def plain(part):
         if isinstance(part, np.ndarray):
-            return [part.shape, str(part.dtype), hashlib.sha256(np.ascontiguousarray(part)).hexdigest()]
+            data = np.ascontiguousarray(part)
+            return [part.shape, str(part.dtype), hashlib.sha256(data).hexdigest()]
         if isinstance(part, Clip):
             return [part.frames, part.fps]
         if isinstance(part, type):
@@ -1299,7 +1308,7 @@ class Command(Generic[VGM]):
         I0 = load_image(self.image)
         chosen = {**asdict(self.config), **asdict(self.vlm), "seed": self.seed}
         if is_dataclass(self.vgm):
-            chosen.update(asdict(self.vgm))
+            chosen.update(asdict(self.vgm))  # type: ignore[arg-type]
         out = self.out
         if out is None:
             name = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
@@ -1329,6 +1338,7 @@ def prepare_terminal() -> None:
     handler.setFormatter(CleanFormatter())
     logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
+    logging.getLogger("openai").setLevel(logging.INFO)  # says when it tries again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -1342,6 +1352,7 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
     Returns the exit status: 0, a video was made; 2, something was wrong before any model had
     answered; 1, something failed later; 130, interrupted. Raises SystemExit for bad options.
     """
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # a box has no room for them
     import tyro
 
     command = tyro.cli(

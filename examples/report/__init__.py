@@ -1,0 +1,1 @@
+"""Runs as HTML pages: `python -m examples.report FOLDER`."""

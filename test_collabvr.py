@@ -15,6 +15,7 @@ import base64
 import code
 import contextlib
 import functools
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -856,8 +857,8 @@ def test_models_serve_one_run(tmp_path):
 
 
 def test_memory_grows_by_the_joined_frames(tmp_path, unsynced):
-    """Over 200 steps; and a step costs as much at the end as at the beginning."""
-    steps, marks = 200, []
+    """And a step costs as much at the end as at the beginning."""
+    steps, marks = 120, []
 
     def planner(parts, schema):
         marks.append((time.process_time(), tracemalloc.get_traced_memory()[0]))
@@ -874,8 +875,8 @@ def test_memory_grows_by_the_joined_frames(tmp_path, unsynced):
         tracemalloc.stop()
     assert models.cost()["clips"] == steps and len(marks) == steps
     clip = 17 * 64 * 64 * 3
-    assert marks[-1][1] - marks[50][1] < 1.2 * clip * (steps - 51)
-    early, late = (marks[end][0] - marks[begin][0] for begin, end in ((20, 80), (139, 199)))
+    assert marks[-1][1] - marks[30][1] < 1.2 * clip * (steps - 31)
+    early, late = (marks[end][0] - marks[begin][0] for begin, end in ((20, 60), (79, 119)))
     assert late < 1.5 * early + 0.2
 
 
@@ -1199,7 +1200,7 @@ def test_a_video_plays_anywhere(size, written, tmp_path):
 def test_what_a_generator_may_make_can_be_saved(shape, fps, tmp_path):
     """No run that was paid for fails at its end."""
     def vgm(frame, prompt, seconds, seed):
-        frames = np.repeat(np.full((1, *shape, 3), 90, np.uint8), int(2 * fps) + 1, 0)
+        frames = np.repeat(np.full((1, *shape, 3), 90, np.uint8), int(fps) + 2, 0)
         return c.Clip(frames, fps)
 
     run = go(plan(), accept(), vgm=vgm, folder=tmp_path)
@@ -1613,18 +1614,30 @@ def painted_in(frame, prompt, seconds, seed, shade):
 
 def test_an_identity_says_what_changes_the_clips(tmp_path):
     """What it leaves out may change, such as a URL."""
+    made = []
+
     class Served:
-        def __init__(self, url, fps):
+        def __init__(self, url, shade):
             self.url = url
-            self.identity = {"fps": fps}
+            self.shade = shade
+            self.identity = {"shade": shade}
 
         def __call__(self, frame, prompt, seconds, seed):
-            return painted(frame, seconds, 1)
+            made.append(self.url)
+            return painted(frame, seconds, self.shade)
 
     go(plan(), accept(), vgm=Served("a", 4), folder=tmp_path)
     go(vgm=Served("b", 4), folder=tmp_path)
-    with pytest.raises(pytest.fail.Exception, match="a Verification was asked for"):
-        go(vgm=Served("b", 5), folder=tmp_path)
+    assert go(accept(), vgm=Served("b", 5), folder=tmp_path).shown() == [5]
+    assert made == ["a", "b"]
+
+
+def test_two_functions_of_a_file_are_two_models(tmp_path):
+    """Though their source file is one."""
+    other = "def other(*request):\n    return collabvr.Clip(vgm(*request).frames * 2, 4)\n"
+    space = loaded(tmp_path / "mine.py", SHADES + other)
+    assert go(plan(), accept(), vgm=space["vgm"], folder=tmp_path / "out").shown() == [10]
+    assert go(accept(), vgm=space["other"], folder=tmp_path / "out").shown() == [20]
 
 
 # ------------------------------------------------------------------------------
@@ -1677,6 +1690,32 @@ def test_a_clip_is_a_name_inside_clips(tmp_path):
         vgm.calls = [{}]
         go(vgm=vgm, folder=tmp_path / "run")
         assert len(vgm.calls) == 2, f"{path} was read"
+
+
+def test_a_stored_clip_is_a_clip(tmp_path):
+    """ffmpeg would follow a playlist to other files; its hash may be right."""
+    go(*FULL, folder=tmp_path / "run")
+    clip = tmp_path / "run" / "clips" / "001.mkv"
+    shutil.copy(clip, tmp_path / "secret.mkv")
+    lists = [f"ffconcat version 1.0\nfile '{tmp_path}/secret.mkv'\n",
+             f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path}/secret.mkv\n"]
+    for text in lists:
+        clip.write_text(text)
+        calls = lines(tmp_path / "run")[:8]
+        calls[1]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        write_lines(tmp_path / "run", calls)
+        assert len(go(folder=tmp_path / "run").given("seed")) == 1
+
+
+def test_a_deleted_line_costs_its_clip_only(tmp_path, undisturbed):
+    """The sentence says to delete it; the clips after it stay what they are."""
+    go(*FULL, folder=tmp_path)
+    calls = lines(tmp_path)
+    del calls[1]
+    write_lines(tmp_path, calls)
+    vgm = Painter()
+    assert outcome(go(vgm=vgm, folder=tmp_path)) == undisturbed and len(vgm.calls) == 1
+    assert outcome(go(vgm=Painter(fail=range(9)), folder=tmp_path)) == undisturbed
 
 
 def test_a_damaged_file_is_not_touched(tmp_path):
@@ -1914,8 +1953,7 @@ ODD = {
     "usage of another type": chat(ACCEPT, usage=[1]),
     "tokens of another type": chat(ACCEPT, usage={"prompt_tokens": "many"}),
     "tokens in halves": chat(ACCEPT, usage={"prompt_tokens": 1.5}),
-    "a model of another type": chat(ACCEPT, model=["m"]),
-    "a number": message(content=5), "an object": message(content=accept()),
+    "a model of another type": chat(ACCEPT, model=["m"]), "a number": message(content=5), "an object": message(content=accept()),
     "a list of objects": message(content=[accept()]), "a list of texts": message(content=[ACCEPT]),
     "null": chat(None), "nothing": chat(""), "refused": message(refusal="I cannot"),
     "a refusal of another type": message(refusal={"why": "I cannot"}),
@@ -1936,6 +1974,15 @@ def test_an_odd_answer_is_asked_for_again(name, caplog):
     assert [bool(call.fault) for call in judged] == [True, False, False]
     assert [call.reply["verdict"] for call in judged[1:]] == ["reject", "accept"]
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("odd", [
+    {"model": None}, {"usage": None}, {"id": 5}, {"object": None}, {"created": "today"},
+    {"more": {}}])
+def test_what_stands_beside_a_reply_may_be_odd(odd, caplog):
+    """The reply is whole."""
+    with Endpoint(plan(), chat(ACCEPT, **odd)) as endpoint:
+        assert talk(endpoint).roles() == "pv" and "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "Safety"])
@@ -2077,7 +2124,7 @@ def test_googles_key_goes_to_googles_host_only(monkeypatch):
     assert key() == "g2"
 
 
-def test_an_endpoints_url_may_change(tmp_path):
+def test_an_endpoints_url_may_change(tmp_path, naps):
     """Host and timeout do not change what a model says: the folder answers all the same."""
     with Endpoint(plan(), accept()) as endpoint:
         vlm = c.OpenAIVLM(vlm="test", vlm_url=endpoint.url)
@@ -2361,6 +2408,13 @@ def test_a_generator_that_raises_ends_the_run(job, capsys, caplog):
     assert "Traceback" in caplog.text and "return undefined_thing" in caplog.text
 
 
+def test_retries_are_told(job, naps, caplog):
+    """A busy endpoint looks like a hanging program otherwise."""
+    with Endpoint((503, {}), plan(), accept()) as endpoint:
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
+    assert "Retrying request" in caplog.text
+
+
 def test_another_task_in_the_folder_is_refused(job, capsys):
     """Status 2: no model was called."""
     with Endpoint(plan(), accept()) as endpoint:
@@ -2504,6 +2558,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence(job, tmp_path):
 anything_goes = hypothesis.settings(
     max_examples=200 if SLOW else 25, deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck))
+some = hypothesis.settings(anything_goes, max_examples=200 if SLOW else 12)
 texts = st.text(st.characters(exclude_characters="\0"))
 OPTIONS = [
     "--N-max", "--M", "--seconds-first", "--seconds-next", "--seed", "--temperature",
@@ -2511,7 +2566,7 @@ OPTIONS = [
     "--sampling-steps", "--guidance-scale", "--offload", "--vlm-url", "--vgm", "--vlm"]
 
 
-@anything_goes
+@some
 @hypothesis.given(task=texts, name=st.sampled_from(OPTIONS),
                   value=texts | st.floats().map(str) | st.integers().map(str))
 @hypothesis.example(task="t", name="--M", value="x" * 500)
@@ -2616,7 +2671,7 @@ def is_a_name(text):
         return "/" not in text and "\0" not in text and len(os.fsencode(text)) < 100
 
 
-@anything_goes
+@some
 @hypothesis.given(stem=(texts | st.binary().map(os.fsdecode)).filter(is_a_name))
 @hypothesis.example(stem="\udcff")  # a byte that is no UTF-8
 @hypothesis.example(stem="猫" * 83)  # as long as a name can be
@@ -2684,7 +2739,7 @@ def test_the_papers_clips_have_97_and_49_frames(monkeypatch):
 
         def __call__(self, **request):
             asked.append(request)
-            video = np.zeros((request["num_frames"], request["height"], request["width"], 3))
+            video = np.zeros((request["num_frames"], 2, 2, 3))
             return type("Output", (), {"frames": [video]})
 
     wan = c.Wan()

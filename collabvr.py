@@ -1054,14 +1054,18 @@ def mp4(clip: Clip) -> bytes:
 
 
 def lossless(clip: Clip) -> bytes:
-    """FFV1 in Matroska: read_video gives the same frames, bit for bit."""
+    """FFV1 in Matroska: read_lossless gives the same frames, bit for bit."""
     return iio.imwrite("<bytes>", clip.frames, extension=".mkv", plugin="pyav", codec="ffv1",
                        out_pixel_format="bgr0", fps=clip.fps)
 
 
-def read_video(data: bytes) -> np.ndarray:
-    """The frames of a video, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError."""
-    return iio.imread(data, plugin="pyav")
+def read_lossless(data: bytes) -> np.ndarray:
+    """The frames, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError.
+
+    The format is named, because ffmpeg would also follow a playlist to other files.
+    """
+    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:
+        return file.read()
 
 
 # ------------------------------------------------------------------------------
@@ -1172,7 +1176,7 @@ class RecordedModels(Models):
             data = (self.folder / "clips" / Path(call.clip).name).read_bytes()
             if hashlib.sha256(data).hexdigest() != call.sha256:
                 return None
-            clip = Clip(read_video(data), call.size[2])
+            clip = Clip(read_lossless(data), call.size[2])
         except (OSError, av.FFmpegError):
             return None
         return clip if clip.seconds == call.seconds else None

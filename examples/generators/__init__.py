@@ -1,0 +1,1 @@
+"""Video generators, each a class and a command of its own."""

@@ -1,0 +1,1 @@
+"""Generators for collabvr.py: a class each, and a command each."""

@@ -1,0 +1,1 @@
+"""Programs around collabvr.py, each run from the root as `python -m examples.NAME`."""

@@ -1,0 +1,1 @@
+"""Tests of the examples, a file for each of them."""

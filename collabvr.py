@@ -1,88 +1,110 @@
 #!/usr/bin/env python3
 """CollabVR (arXiv 2605.08735v1): a VLM plans, checks and repairs what a video generator shows.
 
-    python collabvr.py --image x.png --task "Move the circle to the square."  # Gemini and one GPU
-    python collabvr.py .. --vlm-url http://localhost:8000/v1 --vlm Qwen/Qwen3.5-9B  # a VLM of yours
-    python examples/maze/run.py                              # no GPU, no key, no network: a maze
-    CollabVR(Models(vgm, vlm), Config(N_max=3, M=3)).run(I0, q)       # with any two callables
+    python collabvr.py --image x.png --task "Move the circle to the square."    # Gemini, one GPU
+    python collabvr.py --image x.png --task "..." --vlm-url http://localhost:8000/v1 --vlm NAME
+    python -m examples.maze.run                                    # no GPU, no key, no network
 
-Paper                                             here, from the top
-Sec. 3.1  problem and symbols                     Config, Clip, concat, History, Result
-Alg. 1    the loop                                CollabVR.run
-Sec. 3.2  M1, progressive planning (A.2)          CollabVR: PLANNER, Plan, plan
-Sec. 3.3  M2, verification and evolution (A.2)    CollabVR: VERIFIER, Verification, verify, evolve
-App. A.5  failure router (D.5: regen)             CollabVR: ROUTER, Routing, exhausted
-App. A.1  settings                                defaults of Config, OpenAIVLM and Wan
-Sec. 4    cost                                    Models.cost
+    CollabVR(Models(vgm, vlm), Config(N_max=3, M=3)).run(I0, q)    # any two callables
 
-[Dn] marks a departure from the paper; the table in README.md says what and why.
+Paper                                  here, from the top
+Sec. 3.1  problem and symbols          Config, Clip, concat, Attempt, History, Result
+Alg. 1    the loop                     CollabVR.run
+Sec. 3.2  M1, progressive planning     CollabVR.plan; PLANNER, Plan
+Sec. 3.3  M2, verification, evolution  CollabVR.verify, .evolve; VERIFIER, Verification
+App. A.5  failure router               CollabVR.exhausted and what follows it; ROUTER, Routing
+Sec. 4    cost                         Models.cost
+App. A.1  settings                     the defaults of Config, OpenAIVLM and Wan
+
+The paper's part ends with Models. Below it are the two models and the command-line tool.
+[Dn] marks a departure from the paper: the reason stands beside it, and README.md lists them all.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import functools
 import hashlib
+import inspect
 import io
 import json
+import linecache
 import logging
 import math
 import os
 import re
-import runpy
 import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import av
 import filelock
+import imageio.v3 as iio
 import jiter
 import numpy as np
-from PIL import Image, ImageOps
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator
-from pydantic.dataclasses import dataclass as settings  # checks its fields
+from PIL import Image
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as settings
 
 log = logging.getLogger("collabvr")
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in the name of a variable
-checked: Any = {"extra": "forbid", "allow_inf_nan": False, "validate_default": True}  # of pydantic
 
 
 class Problem(Exception):
-    """One sentence for the user: what is wrong and what to do."""
+    """What went wrong, in one sentence, and what to do about it."""
 
 
-# ============================================================== Sec. 3.1 Problem formulation
-@settings(frozen=True, config=checked)
+# ------------------------------------------------------------------------------
+# Sec. 3.1: problem formulation
+
+
+@settings(frozen=True, config={"extra": "forbid"})
 class Config:
     """Settings of the method. Seconds are seconds of video."""
+
     N_max: Annotated[int, Field(ge=1, le=1000)] = 3  # planning steps at most (App. A.1)
     M: Annotated[int, Field(ge=1, le=1000)] = 3  # attempts per step (App. A.1)
-    # after M rejections: a router (App. A.5), Algorithm 1 to the letter, or the best attempt (C.2)
+    # after M rejections: ask the router (A.5), replan (Algorithm 1), keep the best (C.2) [D3]
     on_exhausted: Literal["route", "replan", "best"] = "route"
-    seconds_first: Annotated[float, Field(gt=0, le=600)] = 6.0  # clips of step 1, s (A.1, Gen-ViRe)
-    seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps, s (A.1)
+    seconds_first: Annotated[float, Field(gt=0, le=600)] = 6.0  # clips of step 1 (A.1, Gen-ViRe)
+    seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps (A.1)
 
     def seconds(self, t: int) -> float:
-        """How long every clip of step t is, re-generations included. [D8]"""
+        """The length of every clip of step t. [D8]"""
         return self.seconds_first if t == 1 else self.seconds_next
 
     def worst_case(self) -> tuple[int, float, int]:
         """(clips, seconds of video, VLM calls) if every clip is rejected and no call fails."""
-        N, M, routed = self.N_max, self.M, int(self.on_exhausted == "route")
-        steps = self.seconds_first + (N - 1) * self.seconds_next
-        extra = steps + max(self.seconds_first - self.seconds(N), 0)  # regens, at last a fallback
-        return N * (M + routed), steps * M + extra * routed, N * (1 + M + 2 * routed)
+        one_each = self.seconds_first + (self.N_max - 1) * self.seconds_next
+        clips = self.N_max * self.M
+        seconds = self.M * one_each
+        calls = self.N_max * (1 + self.M)  # a plan, M verifications
+        if self.on_exhausted == "route":  # every step is regenerated, or the last one falls back
+            clips += self.N_max
+            seconds += one_each + max(0, self.seconds_first - self.seconds(self.N_max))
+            calls += self.N_max * 2  # a routing, a verification
+        return clips, seconds, calls
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A video. frames: uint8 RGB (T, H, W, 3), of which frame 0 is the conditioning frame."""
+    """A video: uint8 RGB frames (T, H, W, 3). Frame 0 is the conditioning frame."""
+
     frames: np.ndarray
     fps: float
 
@@ -93,107 +115,265 @@ class Clip:
 
 
 def concat(clips: list[Clip]) -> Clip:
-    """c_1 ⊕ .. ⊕ c_t. A later clip's frame 0 repeats the frame before it and is dropped. [D8]"""
-    return Clip(np.concatenate([clips[0].frames, *(c.frames[1:] for c in clips[1:])]), clips[0].fps)
+    """c_1 + .. + c_t. A later clip's frame 0 repeats the frame before it and is dropped. [D8]"""
+    first, *later = clips
+    frames = [first.frames] + [clip.frames[1:] for clip in later]
+    return Clip(np.concatenate(frames), first.fps)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A clip c_t of step t, its prompt a_t as it stood, and the diagnosis."""
+    """One clip c_t of step t, the prompt a_t that made it, and the verifier's diagnosis d."""
+
     t: int
     a_t: str
     c_t: Clip
-    d: Any = None  # a CollabVR.Verification; None: not verified
+    d: Any = None  # a Verification; None: not verified
+
+    @property
+    def accepted(self) -> bool:
+        return self.d is not None and self.d.verdict == "accept"
+
+    @property
+    def good_seconds(self) -> float:
+        """Seconds from the clip's start that were right, of a verified attempt."""
+        return self.d.good_fraction * self.c_t.seconds
 
 
 @dataclass
 class History:
-    """H: attempts whose clips joined; those rejected since; what came of each step, in words."""
+    """H: what joined the video, what was rejected since, and each step's outcome in words."""
+
     joined: list[Attempt] = field(default_factory=list)
     rejected: list[Attempt] = field(default_factory=list)
     outcomes: list[str] = field(default_factory=list)
 
-    def join(self, x: Attempt) -> None:
-        """Its clip joins; what was not accepted is not called so."""
-        words = ("not verified" if not x.d else f"accepted, progress {x.d.progress}"
-                 if x.d.verdict == "accept" else f"rejected, kept as the best one: {x.d.reason}")
-        self.joined.append(x)
+    @property
+    def clips(self) -> list[Clip]:
+        return [attempt.c_t for attempt in self.joined]
+
+    @property
+    def unverified(self) -> list[int]:
+        """The steps whose clip joined without an accept."""
+        return [attempt.t for attempt in self.joined if not attempt.accepted]
+
+    def join(self, attempt: Attempt) -> None:
+        if attempt.d is None:
+            outcome = "not verified"
+        elif attempt.accepted:
+            outcome = f"accepted, progress {attempt.d.progress}"
+        else:
+            outcome = f"rejected, kept as the best one: {attempt.d.reason}"
+        self.joined.append(attempt)
         self.rejected.clear()
-        self.outcomes.append(f"Step {x.t}: {x.a_t} Outcome: {words}")
+        self.outcomes.append(f"Step {attempt.t}: {attempt.a_t} Outcome: {outcome}")
 
     def best(self, t: int | None = None) -> Attempt:
-        """Of those rejected, or step t's of them, the latest with the most good seconds. [D3]"""
-        return max((x for x in reversed(self.rejected) if t is None or x.t == t),
-                   key=lambda x: x.d.good_fraction * x.c_t.seconds)
+        """The rejected attempt (of step t) with most good seconds, the latest of equals. [D3]"""
+        candidates = [attempt for attempt in self.rejected if t in (None, attempt.t)]
+        return max(reversed(candidates), key=lambda attempt: attempt.good_seconds)
 
     def told(self) -> list:
-        """What the roles get to know of H: every outcome, the newest eight last frames. [D7]"""
-        frames = [(f"Last frame of step {x.t}:", x.c_t.frames[-1]) for x in self.joined[-8:]]
-        return ["Steps so far:", *(self.outcomes or ["none"]), *sum(frames, ())]
-
-    def result(self, status: str) -> Result:
-        """What a run returns: all of H, or if it is empty the best attempt, marked so. [D4]"""
-        if not self.joined:
-            return History([self.best()]).result("best_attempt")
-        unverified = [x.t for x in self.joined if not x.d or x.d.verdict == "reject"]
-        return Result(concat([x.c_t for x in self.joined]), status, unverified)
+        """What the VLM is told of H: all outcomes, and the newest eight last frames. [D7]"""
+        parts: list = ["Steps so far:"] + (self.outcomes or ["none"])
+        for attempt in self.joined[-8:]:
+            parts.append(f"Last frame of step {attempt.t}:")
+            parts.append(attempt.c_t.frames[-1])
+        return parts
 
 
 @dataclass(frozen=True)
 class Result:
-    """V, and how it came about. status: complete, step_cap, fallback or best_attempt."""
+    """The video V, and how it came about."""
+
     video: Clip
-    status: str
+    status: str  # complete, step_cap, fallback or best_attempt; README.md says what each means
     unverified_steps: list[int]  # steps whose clip is in the video without an accept
 
 
-class Reply(BaseModel):
-    """A role's reply, reasons before verdicts. A schema offers only what is allowed just then."""
-    model_config = checked | {"strict": True}
+# ------------------------------------------------------------------------------
+# Algorithm 1
 
 
-# =============================================================================== Algorithm 1
 @dataclass
 class CollabVR:
-    """Both models, behind one seam, and the settings. What a run knows stands in `run`."""
+    """The loop. H and f are all that changes while it runs; they are local to `run`."""
+
     models: Models
     config: Config = field(default_factory=Config)
 
-    def run(self, I0, q: str) -> Result:
-        """"Algorithm 1". I0: uint8 RGB (H, W, 3); q: task prompt. Raises Problem."""
+    def run(self, I0: np.ndarray, q: str) -> Result:
+        """"Algorithm 1". I0: uint8 RGB (H, W, 3); q: the task prompt. Raises Problem."""
+        I0 = self.models.begin(I0, q)                                           # require
         N_max, M = self.config.N_max, self.config.M                             # require
         H, f = History(), I0                                                    # line 1
         for t in range(1, N_max + 1):                                           # line 2
             a_t, p = self.plan(I0, q, H, t)                                     # line 3
             if p.task_complete:                                                 # [D1]
-                return H.result("complete")
-            for _ in range(M):                                                  # line 4
-                c_t = self.g(f, a_t, t)                                         # line 5
+                return Result(concat(H.clips), "complete", H.unverified)
+            for j in range(1, M + 1):                                           # line 4
+                c_t = self.g(f, a_t, t, j)                                      # line 5
                 v, d = self.verify(I0, q, H, c_t, a_t, p, t)                    # line 6
                 if v == "accept":                                               # line 7
                     H.join(Attempt(t, a_t, c_t, d))                             # line 8
                     f = c_t.frames[-1]                                          # line 9
                     if self.is_complete(p, d):                                  # line 10
-                        return H.result("complete")                             # line 11
+                        return Result(concat(H.clips), "complete", H.unverified)  # line 11
                     break                                                       # line 13
-                H.rejected.append(Attempt(t, a_t, c_t, d))                      # line 14
+                H.rejected.append(Attempt(t, a_t, c_t, d))                      # [D3]
                 a_t = self.evolve(a_t, d)                                       # line 15
-            else:
-                H, f, status = self.exhausted(I0, q, H, f, p, t)                # [D3]
+            else:  # no attempt was accepted                                    # [D3]
+                H, f, status = self.exhausted(I0, q, H, f, p, t)
                 if status:
-                    return H.result(status)
-        return H.result("step_cap")                                             # line 19
+                    return Result(concat(H.clips), status, H.unverified)
+        if not H.joined:                                                        # [D4]
+            best = H.best()
+            return Result(best.c_t, "best_attempt", [best.t])
+        return Result(concat(H.clips), "step_cap", H.unverified)                # line 19
 
-    def g(self, f, a_t: str, t: int) -> Clip:
+    def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
+        """Line 3: a_t = π_plan(I0, q, H), and the plan p that a_t is part of. [D7]"""
+        N_max = self.config.N_max
+        last = " (the last allowed step)" if t == N_max else ""
+        current = "the last of these" if H.joined else "the input image"
+        parts = [
+            f"Task prompt: {q}", "Input image:", I0,
+            *H.told(),
+            f"Current frame: {current}",
+            f"Step: {t} of at most {N_max}{last}",
+            f"Clip length: {self.config.seconds(t):g} s",
+        ]
+        schema = Plan if H.joined else FirstPlan
+        p = self.models.ask("planner", PLANNER, parts, schema, t)
+        return p.instruction, p
+
+    def g(self, f, a_t: str, t: int, j: int) -> Clip:
         """Line 5: c_t = g(f, a_t)."""
-        return self.models.generate(f, a_t, self.config.seconds(t), t)
+        return self.models.generate(f, a_t, self.config.seconds(t), t, j)
+
+    def verify(self, I0, q: str, H: History, c_t: Clip, a_t: str, p: Plan, t: int):
+        """Line 6: (v, d) = π_verify(I0, q, H, c_t), of a_t as it stands, evolved. [D11]"""
+        parts = [
+            f"Task prompt: {q}", "Input image:", I0,
+            *H.told(),
+            f"Planned action: {a_t}",
+            f"Target state: {p.target_state}",
+            "Clip to check:", c_t,
+        ]
+        d = self.models.ask("verifier", VERIFIER, parts, Verification, t)
+        return d.verdict, d
 
     def is_complete(self, p: Plan, d: Verification) -> bool:
         """Line 10: the plan called step t its last one, and the clip shows it done. [D2]"""
         return p.estimated_steps_remaining <= 1 and d.progress == "complete"
 
-    # ------------------------------------------------------- Sec. 3.2 Progressive planning (M1)
-    PLANNER = """\
+    def evolve(self, a_t: str, d: Verification | Routing) -> str:
+        """Line 15: a_t = evolve(a_t, d). Without a suggestion, the reason joins the prompt. [D5]"""
+        return f"{a_t} Correction: {advice(d)}"
+
+    # After M rejections of a step: App. A.5, Algorithm 1 or C.2. [D3]
+    # Each method below that ends a step returns H, f, and a status if the run ends here.
+
+    def exhausted(self, I0, q: str, H: History, f, p: Plan, t: int):
+        """Go on as `on_exhausted` says; with "route", as the router says."""
+        if self.config.on_exhausted == "best":
+            return self.keep_best(H, t)
+        if self.config.on_exhausted == "replan":
+            return self.replan(H, f, t)
+        r = self.route(I0, q, H, t)
+        hint = r if r.suggestion.strip() else H.best(t).d  # the router may leave the verifier's
+        if r.action == "regen":
+            return self.regen(I0, q, H, p, t, hint)
+        if r.action == "fallback":
+            return self.fallback(I0, q, f, t, hint)
+        steps = r.estimated_steps or "not said"
+        return self.replan(H, f, t, f" Advice: {advice(hint)} Steps needed: {steps}.")  # split
+
+    def route(self, I0, q: str, H: History, t: int) -> Routing:
+        """App. A.5: the VLM sees the best failed clip: regen, split or fallback? [D13]"""
+        best = H.best(t)
+        is_last = t == self.config.N_max
+        allowed = "regen, fallback" if is_last else "regen, split, fallback"
+        parts = [
+            f"Task prompt: {q}", "Input image:", I0,
+            *H.told(),
+            f"Planned action: {best.a_t}",
+            "Failed clip:", best.c_t,
+            f"Reason: {best.d.reason}",
+            f"Suggestion: {best.d.suggestion}",
+            f"Good fraction: {best.d.good_fraction:.2f}",
+            f"Allowed actions: {allowed}",
+        ]
+        schema = LastRouting if is_last else Routing
+        return self.models.ask("router", ROUTER, parts, schema, t)
+
+    def regen(self, I0, q: str, H: History, p: Plan, t: int, hint):
+        """The good part of the best clip stays; the rest is generated once more (D.5, Fig. 21)."""
+        best = H.best(t)
+        frames = best.c_t.frames
+        k = math.floor(best.d.good_fraction * (len(frames) - 1) + 1e-6)  # the last good frame
+        a_t = self.evolve(best.a_t, hint)
+        rest = self.g(frames[k], a_t, t, self.config.M + 1)
+        c_t = concat([Clip(frames[: k + 1], best.c_t.fps), rest])
+        v, d = self.verify(I0, q, H, c_t, a_t, p, t)
+        repaired = Attempt(t, a_t, c_t, d)
+        if v != "accept":
+            H.rejected.append(repaired)
+            return self.keep_best(H, t)
+        H.join(repaired)
+        return H, c_t.frames[-1], "complete" if self.is_complete(p, d) else None
+
+    def replan(self, H: History, f, t: int, split: str = ""):
+        """Algorithm 1: nothing joins, the next plan is told why. A split adds the advice (A.5)."""
+        best = H.best(t)
+        rejected = f"rejected, nothing was kept: {best.d.reason}"
+        H.outcomes.append(f"Step {t}: {best.a_t} Outcome: {rejected}{split}")
+        H.rejected = [H.best()]  # the others can no longer be chosen: free their memory
+        return H, f, None
+
+    def fallback(self, I0, q: str, f, t: int, hint):
+        """App. A.5: one clip for the whole task, from I0, is the video. It is not verified."""
+        a_t = self.evolve(q, hint)
+        c_t = self.models.generate(I0, a_t, self.config.seconds_first, t)
+        return History([Attempt(t, a_t, c_t)]), f, "fallback"
+
+    def keep_best(self, H: History, t: int):
+        """C.2: the best attempt of step t joins although it was rejected."""
+        best = H.best(t)
+        H.join(best)
+        return H, best.c_t.frames[-1], None
+
+
+def advice(d: Verification | Routing) -> str:
+    """What a diagnosis tells the next model: its suggestion or, without one, its reason. [D5]"""
+    return d.suggestion.strip() or d.reason.strip()
+
+
+# ------------------------------------------------------------------------------
+# App. A.2 and A.5: what the three roles are told, and what they reply [D12]
+
+
+def a_word(value):
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+Word = BeforeValidator(a_word)  # of an answer that is one word: case and blanks do not matter
+
+
+class Reply(BaseModel, extra="forbid", allow_inf_nan=False):
+    """A role's reply. What is forgiven cannot turn a reject into an accept. [D9]"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in(cls, reply: dict) -> dict:
+        """A suggestion may be missing; its confidence is not used."""
+        for name in ("suggestion", "confidence"):
+            if name in cls.model_fields and reply.get(name) is None:
+                reply = {**reply, name: ""}
+        return reply
+
+
+PLANNER = """\
 You plan for an image-to-video generator that works on a visual task in short clips, each of which
 starts from the last frame of the one before. You get the task prompt, the input image and what has
 really happened so far, and you plan the next action only.
@@ -210,37 +390,32 @@ Reply with one JSON object with the fields observation, remaining_goal, task_com
 target_state, estimated_steps_remaining.
 """
 
-    class Plan(Reply):
-        observation: str
-        remaining_goal: str
-        task_complete: bool
-        instruction: str
-        target_state: str
-        estimated_steps_remaining: int = Field(ge=0)
 
-        @model_validator(mode="after")
-        def _has_an_action(self):
-            if not (self.task_complete or self.instruction.strip() and self.target_state.strip()):
-                raise ValueError("an incomplete task needs an instruction and a target_state")
-            return self
+class Plan(Reply):
+    observation: str
+    remaining_goal: str
+    task_complete: bool
+    instruction: str
+    target_state: str
+    estimated_steps_remaining: int = Field(ge=0)
 
-    class FirstPlan(Plan):
-        task_complete: Literal[False]  # while H is empty
+    @model_validator(mode="after")
+    def has_an_action(self):
+        acts = self.instruction.strip() and self.target_state.strip()
+        if not self.task_complete and not acts:
+            raise ValueError("an incomplete task needs an instruction and a target_state")
+        return self
 
-    def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
-        """Line 3: a_t from π_plan(I0, q, H), and the plan that it is part of."""
-        N_max = self.config.N_max
-        digest(np.asarray(I0))  # a Problem if that is no picture, before anything is paid for
-        p = self.models.ask("planner", self.PLANNER, [
-            f"Task prompt: {q}", "Input image:", I0, *H.told(),
-            f"Current frame: {'the last of these' if H.joined else 'the input image'}",
-            f"Step: {t} of at most {N_max}{' (the last allowed step)' * (t == N_max)}",
-            f"Clip length: {self.config.seconds(t):g} s",
-        ], self.Plan if H.joined else self.FirstPlan, t)
-        return p.instruction, p
 
-    # ---------------------------------------- Sec. 3.3 Verification and prompt evolution (M2)
-    VERIFIER = """\
+class FirstPlan(Plan):  # while H is empty [D1]
+    @model_validator(mode="after")
+    def is_not_complete(self):
+        if self.task_complete:
+            raise ValueError("task_complete must be false: no clip was kept yet")
+        return self
+
+
+VERIFIER = """\
 You check one clip that an image-to-video generator made for one planned action of a longer task.
 You get the task prompt, the input image, what came of the steps before, the action with its target
 state, and the clip. Corrections at the action's end hold where they differ from its beginning.
@@ -257,35 +432,34 @@ Reply with one JSON object with the fields reason, action_executed, progress, go
 suggestion, confidence (low, medium or high), verdict (accept or reject).
 """
 
-    class Verification(Reply):
-        reason: str
-        action_executed: bool
-        progress: Literal["none", "partial", "complete"]
-        good_fraction: float = Field(ge=0, le=1)
-        suggestion: str
-        confidence: Literal["low", "medium", "high"]
-        verdict: Literal["accept", "reject"]
+ANY_CONFIDENCE = WithJsonSchema({"type": "string", "enum": ["low", "medium", "high"]})
 
-        @model_validator(mode="after")
-        def _does_not_contradict_itself(self):
-            if self.verdict == "accept" and not (self.action_executed and self.progress != "none"):
-                raise ValueError("an accept needs action_executed true and progress not none")
-            return self
 
-    def verify(self, I0, q: str, H: History, c_t: Clip, a_t: str, p: Plan, t: int):
-        """Line 6: (v, d) = π_verify(I0, q, H, c_t), of a_t as it stands, evolved."""
-        d = self.models.ask("verifier", self.VERIFIER, [
-            f"Task prompt: {q}", "Input image:", I0, *H.told(), f"Planned action: {a_t}",
-            f"Target state: {p.target_state}", "Clip to check:", c_t,
-        ], self.Verification, t)
-        return d.verdict, d
+class Verification(Reply):
+    reason: str
+    action_executed: bool
+    progress: Annotated[Literal["none", "partial", "complete"], Word]
+    good_fraction: float = Field(ge=0, le=1)
+    suggestion: str
+    confidence: Annotated[Any, ANY_CONFIDENCE]
+    verdict: Annotated[Literal["accept", "reject"], Word]
 
-    def evolve(self, a_t: str, d) -> str:
-        """Line 15: the suggestion, else the reason, joins the prompt; no VLM call. [D5]"""
-        return f"{a_t} Correction: {d.suggestion.strip() or d.reason.strip()}"
+    @model_validator(mode="before")
+    @classmethod
+    def accepts_whole(cls, reply: dict) -> dict:
+        """A.2 asks for a good fraction on a reject only; an accepted clip is good as a whole."""
+        if a_word(reply.get("verdict")) == "accept" and reply.get("good_fraction") is None:
+            reply = {**reply, "good_fraction": 1.0}
+        return reply
 
-    # ------------------------------------------------------------- App. A.5 The failure router
-    ROUTER = """\
+    @model_validator(mode="after")
+    def does_not_contradict_itself(self):
+        if self.verdict == "accept" and not (self.action_executed and self.progress != "none"):
+            raise ValueError("an accept needs action_executed true and progress not none")
+        return self
+
+
+ROUTER = """\
 All attempts at one step of a video generation task were rejected. You decide how to go on. You get
 the task prompt, the input image, what came of the steps before, the planned action, the best of the
 failed clips, and of it reason, suggestion and good fraction (how much was right before the error).
@@ -301,548 +475,914 @@ Choose among the allowed actions only. suggestion is one sentence for the genera
 Reply with one JSON object with the fields reason, action, suggestion, estimated_steps.
 """
 
-    class Routing(Reply):
-        reason: str
-        action: Literal["regen", "split", "fallback"]
-        suggestion: str
-        estimated_steps: int = Field(ge=0)
 
-    class LastRouting(Routing):
-        action: Literal["regen", "fallback"]  # at t = N_max no step is left to take up a split
-
-    def exhausted(self, I0, q: str, H: History, f, p: Plan, t: int):
-        """After M rejections of step t: the new (H, f), and a status if the run ends here. [D3]"""
-        best, r, action = H.best(t), None, self.config.on_exhausted
-        if action == "route":
-            r = self.models.ask("router", self.ROUTER, [
-                f"Task prompt: {q}", "Input image:", I0, *H.told(), f"Planned action: {best.a_t}",
-                "Failed clip:", best.c_t, f"Reason: {best.d.reason}",
-                f"Suggestion: {best.d.suggestion}", f"Good fraction: {best.d.good_fraction:.2f}",
-                f"Allowed actions: regen, {'split, ' * (t < self.config.N_max)}fallback",
-            ], self.Routing if t < self.config.N_max else self.LastRouting, t)
-            action = r.action
-        d = r if r and r.suggestion.strip() else best.d
-        if action in ("replan", "split"):
-            advice = r and f" Advice: {d.suggestion} Steps needed: {r.estimated_steps or '?'}."
-            H.outcomes.append(f"Step {t}: {best.a_t} Outcome: rejected, nothing was kept: "
-                              f"{best.d.reason}{advice or ''}")
-            H.rejected[:] = [H.best()]  # all of them that may still be needed
-            return H, f, None
-        if action == "fallback":  # one single-shot run, N = 1: from I0, with q, not verified
-            a_t = self.evolve(q, d)
-            c_t = self.models.generate(I0, a_t, self.config.seconds_first, t)
-            return History([Attempt(t, a_t, c_t)]), f, "fallback"
-        if action == "regen":  # the good part survives (D.5), and the joined clip is verified
-            k = math.floor(best.d.good_fraction * (len(best.c_t.frames) - 1))
-            good, a_t = Clip(best.c_t.frames[: k + 1], best.c_t.fps), self.evolve(best.a_t, d)
-            c_t = concat([good, self.g(good.frames[-1], a_t, t)])
-            v, d = self.verify(I0, q, H, c_t, a_t, p, t)
-            H.rejected.append(again := Attempt(t, a_t, c_t, d))
-            best = again if v == "accept" else H.best(t)
-        H.join(best)
-        done = best.d.verdict == "accept" and self.is_complete(p, best.d)
-        return H, best.c_t.frames[-1], "complete" if done else None
+class Routing(Reply):
+    reason: str
+    action: Annotated[Literal["regen", "split", "fallback"], Word]
+    suggestion: str
+    estimated_steps: int = Field(ge=0)
 
 
-# ============================================================================= The two models
+class LastRouting(Routing):  # at t = N_max no step is left to take up a split
+    action: Annotated[Literal["regen", "fallback"], Word]
+
+
+# ------------------------------------------------------------------------------
+# Both models behind one seam. Sec. 4: what they cost
+
+
+class Call(BaseModel):
+    """One call of a model, as it stands in a trace and in calls.jsonl."""
+
+    role: str  # vgm (the generator), planner, verifier, router; baselines have their own
+    t: int  # step
+    wall_seconds: float = 0.0  # seconds of waiting
+    request: str = ""  # hash of what was asked, in a run folder
+    # of the generator
+    prompt: str | None = None
+    seed: int | None = None
+    j: int | None = None  # attempt within the step; 1 also for a fallback
+    seconds: float | None = None  # of new video; None: the generation failed
+    size: tuple[int, int, float] | None = None  # H, W, fps
+    clip: str | None = None  # file in the run folder
+    sha256: str | None = None  # of that file
+    error: str | None = None  # why there is no clip
+    # of the VLM
+    text: str | None = None
+    reply: dict | None = None  # the text, parsed; None: it could not be used
+    fault: str | None = None  # why not
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    model: str | None = None  # as the endpoint calls it
+    host: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.seconds is None and self.reply is None
+
+
 class Models:
-    """The seam to both models, for one run: a call is counted, checked, repeated if it failed, and
-    written down here, so that with the same folder nothing is paid for twice.
+    """The two models of one run. Every call of them is made, checked and counted here.
 
-    vgm(frame, prompt, seconds, seed) -> Clip: frame is uint8 RGB (H, W, 3), frame 0 of the clip
-        depicts it; raising anything but Problem is a failed generation.
-    vlm(instructions, parts, schema) -> dict: `text` and, where known, `tokens_in`, `tokens_out`,
-        `model`, `host`, and `fault` if the reply was cut off or refused. parts: strings, pictures
-        and Clips in reading order; schema: the pydantic model that the reply must fit.
-    Either may have `identity`, a dict of the settings that change its answers.
-    folder: for calls.jsonl and clips/, by default a temporary one; locked till lock.release()."""
+    vgm(frame, prompt, seconds, seed) -> Clip
+        frame: uint8 RGB (H, W, 3), which frame 0 of the clip depicts.
+        seconds: length of the clip, of new video. seed: int.
+    vlm(instructions, parts, schema) -> str, or dict with `text` and, where they are known,
+        `tokens_in`, `tokens_out`, `model`, `host`, and `fault` if the reply was cut off.
+        parts: strings, pictures (uint8 RGB) and Clips, in reading order.
+        schema: the pydantic model that the reply must fit.
 
-    def __init__(self, vgm, vlm, folder: str | Path | None = None, seed: int = 0):
-        self.vgm, self.vlm, self.seed = vgm, vlm, seed
-        self.temporary = tempfile.TemporaryDirectory()  # goes when self does
-        self.folder = Path(folder or self.temporary.name)
-        (self.folder / "clips").mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.folder / "lock")
-        with explained(f"{self.folder} is in use, here or by another process", filelock.Timeout):
-            self.lock.acquire(blocking=False)
-        self.calls: list[dict] = []  # of this run, in order: its trace
-        (path := self.folder / "calls.jsonl").touch()
-        whole, newline, _ = path.read_bytes().rpartition(b"\n")  # _: torn by a power cut
-        os.truncate(path, len(whole + newline))
-        with explained(f"{path} is damaged: choose another folder", Exception):
-            self.lines = [json.loads(x) for x in whole.splitlines()]  # of all starts
-            self.unused = [x for x in self.lines if x["request"]]  # not replayed yet
+    Whatever they raise is a failed call, which is tried again; a Problem stops the run.
+    """
 
-    def generate(self, frame, prompt: str, seconds: float, t: int = 1, seed: int | None = None):
-        """A clip for step t. A failed generation uses up no attempt and is tried once more with
-        another seed; then Problem. seed: by default the run's plus clips tried so far. [D6]"""
-        frame, failures, tries = np.asarray(frame), 0, 0
-        while failures < 2:
-            number = sum(x["role"] == "vgm" for x in self.calls)
-            s = self.seed + number if seed is None else seed + 1000 * tries  # no other candidate's
-            line, clip, new = self.call("vgm", t, [frame, prompt, seconds, s], self.film)
-            if clip:
+    def __init__(self, vgm, vlm, seed: int = 0):
+        self.vgm = vgm
+        self.vlm = vlm
+        self.seed = seed  # of the first clip
+        self.calls: list[Call] = []
+
+    def begin(self, I0, q: str) -> np.ndarray:
+        """Called first by every method. Raises Problem for a bad picture, or a second run."""
+        if self.calls:
+            raise Problem("These models have served a run: make new ones for the next.")
+        return checked_picture(I0)
+
+    def generate(self, frame, prompt: str, seconds: float, t=1, j=1, seed=None) -> Clip:
+        """A clip for attempt j of step t. Raises Problem after two failures in a row.
+
+        A failed generation uses up no attempt: it is tried once more, with another seed.
+        By default each clip of a run has a seed of its own. [D6]
+        """
+        frame = checked_picture(frame)
+        for failures in range(2):
+            if seed is None:
+                number = self.seed + sum(call.role == "vgm" for call in self.calls)
+            else:
+                number = seed + 1000 * failures  # no other candidate has it
+            call, clip = self.call_vgm(t, j, frame, prompt, seconds, number)
+            self.note(call)
+            if clip is not None:
                 return clip
-            failures, tries = failures + new, tries + 1
-        raise Problem(f"The generator failed twice in a row ({line['error']}).")
+        raise Problem(f"The generator failed twice in a row ({call.error}).")
 
-    def film(self, frame, prompt: str, seconds: float, seed: int) -> tuple[dict, Clip | None]:
-        """Calls the generator. A clip is on the disk before the line that vouches for it."""
-        line, began = {"prompt": prompt, "seed": seed}, time.monotonic()
+    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t=1) -> Any:
+        """A role's reply, as `schema`. Raises Problem after three unusable ones. [D9]"""
+        asked = parts
+        for _ in range(3):
+            call = self.call_vlm(role, t, instructions, asked, schema)
+            self.note(call)
+            if call.reply is not None:
+                return schema.model_validate(call.reply)
+            if call.text:
+                asked = [
+                    *parts,
+                    f"Your last reply was: {call.text[:4000]}",
+                    f"It could not be used: {call.fault}. Reply with the JSON object only.",
+                ]
+        raise Problem(f"The {role} gave no usable reply ({call.fault}): {call.text!r:.300}")
+
+    def call_vgm(self, t: int, j: int, frame, prompt: str, seconds: float, seed: int):
+        """One call of the generator: (call, clip), or (call, None) if it failed."""
+        log.info("step %d: vgm: attempt %d, seed %d: waiting", t, j, seed)
+        call = Call(role="vgm", t=t, j=j, prompt=prompt, seed=seed)
+        clip = None
+        began = time.monotonic()
         try:
-            clip = self.vgm(np.array(frame), prompt, seconds, seed)  # a copy, theirs to write into
-            line["wall_seconds"] = round(time.monotonic() - began, 3)
-            x: Any = getattr(clip, "frames", None)
-            if np.ndim(x) != 4 or x.dtype != np.uint8 or x.shape[3] != 3 or not x[1:].size:
-                raise ValueError("a generator returns a Clip of uint8 frames (T > 1, H, W, 3), not "
-                                 f"{type(clip).__name__} of {getattr(x, 'dtype', x)} {np.shape(x)}")
-            clip = Clip(np.array(x), float(clip.fps))  # a copy: theirs may be a buffer
-            size = [*x.shape[1:3], clip.fps]
-            first = next((x["size"] for x in self.calls if "clip" in x), size)
-            if size != first or not 0 < clip.fps < math.inf:
-                raise ValueError(f"(H, W, fps) {size} does not go with the first clip's {first}")
+            clip = self.checked_clip(self.vgm(frame.copy(), prompt, seconds, seed), seconds)
+            call.seconds = clip.seconds
+            call.size = (*clip.frames.shape[1:3], clip.fps)
         except Problem:
             raise
-        except Exception as error:  # whatever it raises, the generation failed
+        except Exception as error:  # whatever it is, the generation failed
             log.warning("the generation failed", exc_info=True)
-            return line | {"error": f"{type(error).__name__}: {error}"[:400]}, None
-        name = f"clips/{1 + sum('clip' in x for x in self.lines):03}.mkv"
-        write_file(self.folder / name, encode_video(clip, lossless=True))
-        return line | {"seconds": clip.seconds, "size": size, "clip": name}, clip
+            call.error = first_line(error)
+        call.wall_seconds = round(time.monotonic() - began, 3)
+        return call, clip
 
-    def ask(self, role: str, instructions: str, parts: list, schema: type[Reply], t: int = 1):
-        """A role's reply as `schema`. Asked for again, twice at most, if unfit; or Problem. [D9]"""
-        fault, failures = "", 0
-        while failures < 3:
-            again = f"Your last reply could not be used: {fault}. Reply with the JSON object only."
-            asked = [*parts, again] if fault else parts
-            line, _, new = self.call(role, t, [instructions, asked, schema], self.answer)
-            if "reply" in line:
-                return schema.model_validate(line["reply"])
-            fault, failures = line["fault"], failures + new
-        raise Problem(f"The {role} gave no usable reply ({fault}): {line.get('text')!r:.300}")
-
-    def answer(self, instructions: str, parts: list, schema: type[Reply]) -> tuple[dict, None]:
-        """Asks; adds `reply`, from the first { to the last } after any </think>, or a `fault`."""
-        answer = {k: v for k, v in self.vlm(instructions, parts, schema).items() if k != "reply"}
-        text = str(answer.get("text") or "").rpartition("</think>")[2][:100_000]
-        head = text.partition("{")[0]
-        if answer.get("fault") or re.search(r"<think>|^\s*(```\w*)?\s*\[|\[\s*$", head):  # [ a list
-            return answer | {"fault": answer.get("fault") or "no JSON object"}, None
+    def call_vlm(self, role: str, t: int, instructions: str, parts: list, schema) -> Call:
+        """One call of the VLM. Counted before it is read: an unusable reply was paid for, too."""
+        log.info("step %d: %s: waiting", t, role)
+        call = Call(role=role, t=t)
+        began = time.monotonic()
         try:
-            value = jiter.from_json(text[len(head) : text.rfind("}") + 1].encode(),
-                                    catch_duplicate_keys=True, allow_inf_nan=False)
-            return answer | {"reply": schema.model_validate(value).model_dump()}, None
-        except ValueError as error:
-            return answer | {"fault": first_line(error)}, None
+            answer = self.vlm(instructions, parts, schema)
+            if isinstance(answer, str):
+                answer = {"text": answer}
+            call = Call.model_validate({**answer, "role": role, "t": t, "reply": None})
+        except Problem:
+            raise
+        except Exception as error:  # whatever it is, the call failed
+            log.warning("the call of the VLM failed", exc_info=True)
+            call.fault = first_line(error)
+        call.wall_seconds = round(time.monotonic() - began, 3)
+        if call.fault is None:
+            try:
+                call.reply = schema.model_validate(find_object(call.text or "")).model_dump()
+            except ValueError as error:
+                call.fault = every_fault(error)
+        return call
 
-    def call(self, role: str, t: int, request: list, make) -> tuple[dict, Clip | None, bool]:
-        """The request's line, an earlier start's or new and synced; its clip; whether it is new."""
-        model = self.vgm if role == "vgm" else self.vlm
-        key = digest(role, request, getattr(model, "identity", {}))
-        clip = None
-        line = next((x for x in self.unused if x["request"] == key and (
-            "clip" not in x or (clip := read_clip(self.folder, x)))), None)
-        if new := line is None:
-            log.info("step %d: %s: waiting", t, role)
-            began = time.monotonic()
-            made, clip = make(*request)
-            line = {**made, "t": t, "role": role, "request": key}
-            line.setdefault("wall_seconds", round(time.monotonic() - began, 3))
-            text = clean(json.dumps(line, default=lambda x: getattr(x, "item", x.__repr__)()))
-            with open(self.folder / "calls.jsonl", "a") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self.lines.append(line := json.loads(text))
-        self.unused = [x for x in self.unused if x is not line]
-        self.calls.append(line | {"t": t})
-        rest = {k: v for k, v in line.items() if k not in ("t", "role", "request", "text")}
-        said = "; ".join(f"{k}: {v}" for k, v in line.get("reply", rest).items())
-        log.info("step %d: %s: %s", t, role, said)
-        return line, clip, new
+    def checked_clip(self, made, seconds: float) -> Clip:
+        """A copy of what the generator returned. Raises ValueError if it is no good clip."""
+        frames = getattr(made, "frames", None)
+        if not isinstance(frames, np.ndarray):
+            raise TypeError(f"a generator returns a Clip of an array of frames, not {made!r:.80}")
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise ValueError(
+                f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
+        clip = Clip(frames.copy(), float(made.fps))
+        height, width = frames.shape[1:3]
+        if not (0 < clip.fps <= 1000 and 1 <= min(height, width) <= max(height, width) <= 16384):
+            raise ValueError(f"a video of {width}x{height}, {clip.fps:g} fps cannot be saved")
+        if len(frames) < 2 or clip.seconds < seconds / 2:
+            raise ValueError(f"{seconds:g} s of new video were asked for, not {clip.seconds:g} s")
+        size = (height, width, clip.fps)
+        for call in self.calls:
+            if call.size and call.size != size:
+                raise ValueError(f"(H, W, fps) {size} differs from {call.size} of the clips before")
+        return clip
+
+    def note(self, call: Call) -> None:
+        """Add a finished call to the run's trace and tell it."""
+        self.calls.append(call)
+        told = call.reply or call.model_dump(
+            include={"seconds", "clip", "error", "fault"}, exclude_none=True)
+        log.info("step %d: %s: %s", call.t, call.role,
+                 "; ".join(f"{key}: {value}" for key, value in told.items()))
 
     def cost(self) -> dict:
-        """What the run's calls came to, whatever became of the clips (Sec. 4)."""
-        clips = [x for x in self.calls if "clip" in x]
-        steps = len({x["t"] for x in clips})
-        roles = {x["role"]: [y for y in self.calls if y["role"] == x["role"]] for x in self.calls}
-        return {"vgm_seconds": sum(x["seconds"] for x in clips), "clips": len(clips),
-                "steps": steps, "regenerations": len(clips) - steps,
-                "generator_errors": sum("error" in x for x in self.calls),
-                "calls": {role: len(lines) for role, lines in roles.items()}} | {
-            k: {role: round(sum(x.get(k) or 0 for x in lines), 3) for role, lines in roles.items()}
-            for k in ("tokens_in", "tokens_out", "wall_seconds")}
+        """Sec. 4: what the run's calls came to, whatever became of the clips."""
+        clips = [call for call in self.calls if call.seconds is not None]
+        cost: dict[str, Any] = {
+            "vgm_seconds": sum(call.seconds or 0 for call in clips),
+            "clips": len(clips),
+            "steps": len({call.t for call in clips}),
+            "regenerations": sum((call.j or 1) > 1 for call in clips),  # as in Tables 10 and 12
+            "generator_errors": sum(call.error is not None for call in self.calls),
+        }
+        for total in ("calls", "tokens_in", "tokens_out", "wall_seconds"):
+            cost[total] = {}
+        for call in self.calls:
+            spent = (1, call.tokens_in or 0, call.tokens_out or 0, call.wall_seconds)
+            for total, amount in zip(("calls", "tokens_in", "tokens_out", "wall_seconds"), spent):
+                cost[total][call.role] = round(cost[total].get(call.role, 0) + amount, 3)
+        return cost
 
 
-def digest(*parts) -> str:
-    """A hash of what a request is made of. Raises Problem for a picture that is no array."""
-    def plain(x):
-        if isinstance(x, type):  # a reply's schema
-            return x.model_json_schema()
-        if isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 2 and x.shape[-1] == 3:
-            return [x.shape, hashlib.sha256(np.ascontiguousarray(x)).hexdigest()]
-        if isinstance(x, Clip):
-            return [x.frames, float(x.fps)]
-        raise Problem(f"A picture is a uint8 RGB array, not {getattr(x, 'dtype', type(x))}.")
-    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
+def checked_picture(frame) -> np.ndarray:
+    """The picture as an array. Raises Problem."""
+    frame = np.asarray(frame)
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or not frame.size:
+        raise Problem(f"A picture is a uint8 RGB array (H, W, 3), not {frame.dtype} {frame.shape}.")
+    return frame
 
 
-# =================================================================================== VLM, VGM
+def find_object(text: str) -> dict:
+    """The JSON object of a reply: bare, fenced, among words or after a thought. [D9]
+
+    Raises ValueError if there is none, or more than one.
+    """
+    text = text.strip()
+    bare = text.removeprefix("```json").removeprefix("```").removesuffix("```")
+    try:
+        found = parse(bare)
+    except ValueError:  # not an object only: look behind the thoughts and among the words
+        answer = text.rpartition("</")[2]
+        before, brace, rest = answer.partition("{")
+        if "<" in before:
+            raise ValueError("the thinking was not finished") from None
+        if not brace or "[" in before:
+            raise ValueError("no JSON object") from None
+        found = parse(brace + rest[: rest.rfind("}") + 1])
+    if type(found) is not dict:
+        raise ValueError("no JSON object")
+    return found
+
+
+def parse(text: str) -> Any:
+    return jiter.from_json(text.encode(), catch_duplicate_keys=True, allow_inf_nan=False)
+
+
+def every_fault(error: ValueError) -> str:
+    """All that is wrong with a reply, in one line."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
+    return "; ".join(faults).replace("Value error, ", "")[:2000]
+
+
+def first_line(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:400]
+
+
+# The paper's part ends here.
+# ------------------------------------------------------------------------------
+# The VLM: any OpenAI-compatible endpoint
+
 GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai/"
-URL = r"^https?://([-\w.]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?$"  # without password and query
 
 
-@settings(config=checked, eq=False)
+def base_url(url: str) -> str:
+    """A URL that can be called, and shown without giving a secret away."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a base URL starts with http:// or https://: http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("a base URL has no user, password or query; keys go into the environment")
+    return url
+
+
+def json_object(text: str) -> str:
+    if type(parse(text)) is not dict:
+        raise ValueError("not a JSON object")
+    return text
+
+
+@settings(config={"extra": "forbid", "hide_input_in_errors": True}, eq=False)
 class OpenAIVLM:
-    """Any OpenAI-compatible endpoint as `vlm`. Keys come from the environment when needed:
-    GEMINI_API_KEY or GOOGLE_API_KEY for Google's host only, OPENAI_API_KEY for any other."""
-    vlm: str = "gemini-2.5-pro"  # the VLM's model name (App. A.1)
-    vlm_url: Annotated[str, Field(pattern=URL)] = GOOGLE  # base URL; of vLLM http://HOST:8000/v1
+    """Gemini, a local vLLM, or any other endpoint that speaks OpenAI's chat API.
+
+    The key for Google's host is GEMINI_API_KEY or GOOGLE_API_KEY; for any other host it is
+    OPENAI_API_KEY. Both come from the environment.
+    """
+
+    vlm: str = "gemini-2.5-pro"  # name of the VLM (App. A.1)
+    vlm_url: Annotated[str, AfterValidator(base_url)] = GOOGLE  # vLLM: http://HOST:8000/v1
     temperature: Annotated[float, Field(ge=0)] | None = 0.2  # None: not sent (App. A.1)
-    video_input: Literal["frames", "video"] = "frames"  # how it sees a clip; video: as MP4 [D10]
-    verify_fps: Annotated[float, Field(gt=0)] = 1.0  # frames per second that it sees (App. A.1)
-    # more fields for each request, a JSON object
-    request_extra: Annotated[str, AfterValidator(TypeAdapter(dict).validate_json)] = "{}"
-    timeout: Annotated[float, Field(gt=0)] = 600.0  # longest wait for one answer, s
+    # how the VLM sees a clip: sampled frames, or an MP4 in a part of that type [D10]
+    video_input: Literal["frames", "video_url", "image_url"] = "frames"
+    verify_fps: Annotated[float, Field(gt=0)] = 1.0  # sampled frames per second (App. A.1)
+    # more fields for each request, as a JSON object
+    request_extra: Annotated[str, AfterValidator(json_object)] = "{}"
+    timeout: Annotated[float, Field(gt=0)] = 600.0  # longest wait for an answer, in seconds
 
-    identity = property(lambda self: asdict(self) | {"vlm_url": None, "timeout": None})
-    host = property(lambda self: self.vlm_url.split("/")[2])
+    @property
+    def identity(self) -> dict:
+        """The settings that change the answers."""
+        return {**asdict(self), "vlm_url": None, "timeout": None}
 
-    @contextlib.contextmanager
-    def client(self, max_retries: int = 6):
-        """An OpenAI client. Its errors become a Problem that names the URL, never the key."""
+    @property
+    def host(self) -> str:
+        return urlsplit(self.vlm_url).netloc
+
+    @cached_property
+    def client(self):
         import openai
-        google = self.host.split(":")[0].lower() == GOOGLE.split("/")[2]
-        names = ("GEMINI_API_KEY", "GOOGLE_API_KEY") if google else ("OPENAI_API_KEY",)
-        keys = (os.environ.get(name, "").strip() for name in names)
-        key = next(filter(None, keys), None if google else "none")
-        if not key:
-            raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples/maze.")
-        hint = "" if "/v1" in self.vlm_url else "; a base URL usually ends in /v1"
-        with explained(f"{self.vlm_url} gave no usable answer{hint}", Exception):
-            yield openai.OpenAI(api_key=key, base_url=self.vlm_url, max_retries=max_retries,
-                                timeout=openai.Timeout(self.timeout, connect=8))
 
-    def check(self) -> None:
-        """Raises Problem if key, endpoint or model is missing; one not listed is asked a word."""
-        import openai
-        with self.client(max_retries=0) as client, contextlib.suppress(openai.APIStatusError):
-            if self.vlm in [x.id.removeprefix("models/") for x in client.models.list()]:
-                return
-        with self.client(max_retries=1) as client:  # a new one: some hang up after a failed list
-            client.chat.completions.create(
-                model=self.vlm, messages=[{"role": "user", "content": "Reply with the word ok."}])
+        google = urlsplit(self.vlm_url).hostname == urlsplit(GOOGLE).hostname
+        names = ["GEMINI_API_KEY", "GOOGLE_API_KEY"] if google else ["OPENAI_API_KEY"]
+        keys = [os.environ.get(name, "").strip() for name in names]
+        key = "".join(keys[:1]) or "".join(keys[1:])
+        if google and not key:
+            raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples.maze.run.")
+        return openai.OpenAI(
+            api_key=key or "none",  # local servers want no key, the client wants a text
+            base_url=self.vlm_url,
+            max_retries=6,  # Gemini says 503 when it is busy
+            timeout=openai.Timeout(self.timeout, connect=8),
+            # a redirect would send the pictures to a host that nobody named
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        )
 
     def __call__(self, instructions: str, parts: list, schema: type[BaseModel]) -> dict:
-        """See Models. Raises Problem when the endpoint gives up."""
-        content = [piece for part in parts for piece in self.encode(part)]
-        shape = {"name": schema.__name__, "schema": schema.model_json_schema(), "strict": True}
-        heat = {} if self.temperature is None else {"temperature": self.temperature}
-        answer: dict[str, Any] = {"text": "", "host": self.host}
-        reply: Any = None
-        with self.client() as client, contextlib.suppress(json.JSONDecodeError):
-            reply = client.chat.completions.create(
-                model=self.vlm, extra_body=self.request_extra, **heat,
-                messages=[{"role": "system", "content": instructions},
-                          {"role": "user", "content": content}],
-                response_format={"type": "json_schema", "json_schema": shape})
-        choice = (getattr(reply, "choices", None) or [None])[0]
-        if not getattr(choice, "message", None):
-            return answer | {"fault": "the endpoint sent no message"}
-        if choice.message.refusal or choice.finish_reason not in ("stop", None):
-            answer["fault"] = choice.message.refusal or f"finish_reason {choice.finish_reason}"
-        if used := reply.usage:  # thoughts are billed, but some do not count them as completion
-            n, pictures = used.prompt_tokens or 0, sum(x["type"] != "text" for x in content)
-            answer["tokens_in"] = n
-            answer["tokens_out"] = max(used.completion_tokens or 0, (used.total_tokens or 0) - n)
-            if n < 20 * pictures + len(instructions) / 5:  # English: 4 to 5 characters a token
-                log.warning("%d tokens for %d pictures: does %s drop them?", n, pictures, self.host)
-        text = said if isinstance(said := choice.message.content, str) else ""
-        return answer | {"model": reply.model, "text": text}
+        """See Models. Raises Problem when the endpoint cannot be reached or refuses."""
+        import openai
+
+        content = []
+        for part in parts:
+            content += self.encode(part)
+        request: dict[str, Any] = {
+            "model": self.vlm,
+            "messages": [
+                {"role": "system", "content": instructions},
+                {"role": "user", "content": content},
+            ],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": schema.__name__,
+                    "schema": schema.model_json_schema(),
+                    "strict": True,
+                },
+            },
+            "extra_body": parse(self.request_extra),
+        }
+        if self.temperature is not None:
+            request["temperature"] = self.temperature
+        try:
+            raw = self.client.chat.completions.with_raw_response.create(**request)
+        except openai.OpenAIError as error:
+            reason = self.reason(error)
+            raise Problem(f"{self.vlm_url} gave no usable answer ({reason}).") from error
+        return {"host": self.host, **read_completion(raw.text)}
+
+    def reason(self, error) -> str:
+        """Why the endpoint gave no answer, and what to try."""
+        if hasattr(error, "status_code"):  # str() hides Google's bodies, which are lists
+            reason = f"{error.status_code}; {error.body or error}"
+        else:
+            reason = f"{error} {error.__cause__ or ''}"  # "Connection error." says too little
+        if "/v1" not in self.vlm_url:
+            reason += "; a base URL usually ends in /v1"
+        return clean(" ".join(reason.split()))[:600]
 
     def encode(self, part) -> list[dict]:
-        """A part as content: text, a JPEG of up to 1024 pixels a side, sampled frames or an MP4."""
+        """A text, a picture or a clip, as parts of a chat message."""
         if isinstance(part, str):
             return [{"type": "text", "text": part}]
-        if isinstance(part, Clip) and self.video_input == "frames":
-            return [piece for i in sample(part, self.verify_fps) for x in (
-                f"Frame at {i / part.fps:.2f} s:", part.frames[i]) for piece in self.encode(x)]
-        out, kind, mime = io.BytesIO(), "image_url", "image/jpeg"
-        if isinstance(part, Clip):  # Google is said to take videos as image_url
-            out.write(encode_video(part))
-            kind, mime = "image_url" if "googleapis" in self.host else "video_url", "video/mp4"
-        else:
-            image = Image.fromarray(part)
-            image.thumbnail((1024, 1024))
-            image.save(out, "JPEG", quality=92, subsampling=0)
-        url = f"data:{mime};base64,{base64.b64encode(out.getvalue()).decode()}"
-        return [{"type": kind, kind: {"url": url}}]
+        if isinstance(part, np.ndarray):
+            return [media("image_url", "image/jpeg", jpeg(part))]
+        if self.video_input != "frames":
+            return [media(self.video_input, "video/mp4", mp4(part))]
+        content = []
+        for i in sample(part, self.verify_fps):
+            content += self.encode(f"Frame at {i / part.fps:.2f} s:")
+            content += self.encode(part.frames[i])
+        return content
+
+
+def media(kind: str, mime: str, data: bytes) -> dict:
+    url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    return {"type": kind, kind: {"url": url}}
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """A JPEG of at most 1024 pixels a side."""
+    image, out = Image.fromarray(picture), io.BytesIO()
+    image.thumbnail((1024, 1024))
+    image.save(out, "JPEG", quality=92, subsampling=0)
+    return out.getvalue()
 
 
 def sample(clip: Clip, per_second: float) -> list[int]:
-    """Frame numbers at about that rate, evenly spread, the first and the last among them (A.1)."""
-    n = len(clip.frames) - 1
-    steps = max(1, min(n, round(clip.seconds * per_second)))
-    return [round(i * n / steps) for i in range(steps + 1)]
+    """Frame numbers at about that rate, the first and the last among them: 7 of 6 s. (A.1)"""
+    last = len(clip.frames) - 1
+    n = min(last, max(1, round(clip.seconds * per_second)))
+    return [round(i * last / n) for i in range(n + 1)]
 
 
-@settings(config=checked, eq=False)
+CUT_OFF = ("length", "max_tokens", "content_filter", "safety")  # finish reasons of no whole reply
+
+
+def read_completion(body: str) -> dict:
+    """The answer in a chat completion, as Models wants it; with a `fault` if it cannot be used."""
+    answer: dict[str, Any] = {}
+    try:
+        completion = parse(body)
+        usage = completion.get("usage") or {}
+        answer["model"] = completion.get("model")
+        answer["tokens_in"] = usage.get("prompt_tokens") or 0
+        # thoughts are billed, but not every endpoint counts them as completion
+        answer["tokens_out"] = max(
+            usage.get("completion_tokens") or 0,
+            (usage.get("total_tokens") or 0) - answer["tokens_in"])
+        choice = completion["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(part["text"] for part in text)
+        finish_reason = str(choice.get("finish_reason")).lower()
+        thought = message.get("reasoning") or message.get("reasoning_content")
+        refusal = message.get("refusal")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return {**answer, "fault": f"the endpoint sent no chat completion, but {body:.300}"}
+    answer["text"] = text
+    if refusal:
+        answer["fault"] = f"refused: {refusal}"
+    elif finish_reason in CUT_OFF:
+        answer["fault"] = f"finish_reason {finish_reason}"
+    elif thought and not text.strip():
+        answer["fault"] = "the content is empty: the thinking was not finished"
+    return answer
+
+
+# ------------------------------------------------------------------------------
+# The generator: Wan2.2 image-to-video with diffusers
+
+
+@settings(config={"extra": "forbid"}, eq=False)
 class Wan:
-    """Any Wan image-to-video checkpoint as `vgm`: at most 832x480 pixels, never upscaled (A.1)."""
-    vgm: str = "Video-Reason/VBVR-Wan2.2"  # hub id, diffusers folder, or FILE.py:NAME of your own
-    offload: Literal["auto", "none", "model", "group"] = "auto"  # weights that wait in main memory
+    """Any Wan image-to-video checkpoint, in at most 832x480 pixels, never enlarged (App. A.1)."""
+
+    vgm: str = "Video-Reason/VBVR-Wan2.2"  # hub id or folder (App. A.1)
+    # none: all on the GPU (80 GB); model: a part at a time; group: a layer at a time (24 GB)
+    offload: Literal["none", "model", "group"] = "model"
     fps: Annotated[int, Field(ge=1, le=240)] = 16  # frames per second (App. A.1)
     sampling_steps: Annotated[int, Field(ge=1)] = 20  # denoising steps (App. A.1)
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0  # CFG, of both experts (App. A.1)
 
-    identity = property(lambda self: {k: v for k, v in asdict(self).items() if k != "offload"})
+    @property
+    def identity(self) -> dict:
+        """The settings that change the clips."""
+        return {**asdict(self), "offload": None}
 
-    def check(self, seconds: float) -> None:
-        """Loads the checkpoint. Raises Problem if that fails, or for clips of that length."""
-        if seconds * self.fps < 4:
-            raise Problem(f"{seconds:g} s at {self.fps} fps is less than Wan's least, five frames.")
-        _ = self.pipe
+    def check(self) -> None:
+        """Raises Problem if this cannot work. Called before anything is paid for."""
+        import torch
 
-    @functools.cached_property
+        folder = Path(self.vgm)
+        if folder.is_dir():
+            if not (folder / "model_index.json").is_file():
+                raise Problem(f"{folder} is no diffusers checkpoint: it has no model_index.json.")
+        elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.vgm):
+            raise Problem(f"{self.vgm} is neither a folder nor a hub id such as {Wan.vgm}.")
+        size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+        if not torch.cuda.is_available() and not 0 < size < 2e9:
+            raise Problem(f"{self.vgm} needs a CUDA GPU; python -m examples.maze.run needs none.")
+
+    @cached_property
     def pipe(self):
-        """The diffusers pipeline, loaded when first needed. Raises Problem."""
+        """The diffusers pipeline, loaded when it is first needed. Raises Problem."""
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses a part Wan needs not
         import diffusers
         import torch
-        import transformers
-        size = sum(x.stat().st_size for x in Path(self.vgm).glob("*/*.safetensors")) / 1e9
-        if not torch.cuda.is_available() and not 0 < size < 2:
-            raise Problem(f"{self.vgm} needs a CUDA GPU, or is no folder: try examples/maze/run.py")
-        if not sys.stderr.isatty():  # progress bars are for eyes, not for files
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
-        with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever loaders raise
-            dtype = {"default": torch.bfloat16, "vae": torch.float32}
+
+        self.check()
+        with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever the loaders raise
             pipe = diffusers.WanImageToVideoPipeline.from_pretrained(
-                self.vgm, use_safetensors=True, dtype=dtype)
+                self.vgm,
+                use_safetensors=True,
+                dtype={"default": torch.bfloat16, "vae": torch.float32},
+            )
             self.place(pipe)
-        pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: for eyes
+        pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # for eyes only
         return pipe
 
     def place(self, pipe) -> None:
-        """Puts the weights where they fit: all on the GPU, or only the part or layer at work."""
+        """Move to the GPU what `offload` does not leave in main memory."""
         import torch
+
         if not torch.cuda.is_available():
             return
-        GB = [sum(x.numel() * x.element_size() for x in part.parameters()) / 1e9
-              for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        free, choice = torch.cuda.mem_get_info()[0] / 1e9 - 12, self.offload  # 12: for the work
-        if choice == "auto":
-            choice = "none" if sum(GB) < free else "model" if max(GB) < free else "group"
-        log.info("weights %.1f GB, room on the GPU %.1f GB: offload %s", sum(GB), free, choice)
-        if choice == "none":
+        if self.offload == "none":
             pipe.to("cuda")
-        elif choice == "model":
+        elif self.offload == "model":
             pipe.enable_model_cpu_offload()
         else:
             pipe.enable_group_offload(
                 torch.device("cuda"), offload_type="leaf_level", use_stream=True)
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s, the conditioning frame included. [D8]"""
+        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s. [D8] Raises what diffusers raises."""
         import torch
-        patch = (self.pipe.transformer or self.pipe.transformer_2).config.patch_size[1]
-        size = fit(frame.shape[1], frame.shape[0], self.pipe.vae_scale_factor_spatial * patch)
-        video = self.pipe(
-            image=Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), prompt=prompt,
-            width=size[0], height=size[1], num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
-            num_inference_steps=self.sampling_steps, guidance_scale=self.guidance_scale,
-            max_sequence_length=min(512, self.pipe.tokenizer.model_max_length),
-            generator=torch.Generator().manual_seed(seed), output_type="np").frames[0]
+
+        transformer = self.pipe.transformer or self.pipe.transformer_2
+        multiple = self.pipe.vae_scale_factor_spatial * transformer.config.patch_size[1]
+        width, height = fit(frame.shape[1], frame.shape[0], multiple)
+        image = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+        try:
+            video = self.pipe(
+                image=image,
+                prompt=prompt,
+                width=width,
+                height=height,
+                num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
+                num_inference_steps=self.sampling_steps,
+                guidance_scale=self.guidance_scale,
+                max_sequence_length=min(512, self.pipe.tokenizer.model_max_length),
+                generator=torch.Generator().manual_seed(seed),
+                output_type="np",
+            ).frames[0]
+        except torch.OutOfMemoryError as error:
+            smaller = {"none": "try --offload model", "model": "try --offload group"}
+            hint = smaller.get(self.offload, "this GPU is too small")
+            raise RuntimeError(f"out of GPU memory: {hint} ({error})") from error
         if not np.isfinite(video).all():
-            raise ValueError("the clip holds values that are not finite")
+            raise ValueError("the clip contains values that are not finite")
         return Clip((video * 255).round().astype(np.uint8), self.fps)
 
 
 def fit(width: int, height: int, multiple: int) -> tuple[int, int]:
-    """About this shape in at most 832x480 pixels, never enlarged; a multiple a side at least."""
+    """About this shape in at most 832x480 pixels, each side a multiple; never enlarged."""
     scale = min(1.0, math.sqrt(832 * 480 / (width * height)))
-    w, h = (max(1, int(x * scale / multiple + 1e-6)) * multiple for x in (width, height))
-    return w, h
+
+    def side(pixels: int) -> int:
+        return max(1, int(pixels * scale / multiple + 1e-6)) * multiple
+
+    return side(width), side(height)
 
 
-def load_generator(wan: Wan, given: dict[str, str]):
-    """`wan`, or FILE.py:NAME in its place; a class gets what is given; an edited one is another."""
-    if not given and not re.search(r"\.py(:|$)", wan.vgm):
-        return wan
-    file, _, name = wan.vgm.rpartition(":")
-    sys.modules.setdefault("collabvr", sys.modules[__name__])  # the file may import us
-    sys.path.append(str(Path(file).resolve().parent))  # and what lies beside it
-    with explained(f"--vgm {wan.vgm} cannot be loaded as FILE.py:NAME", Exception):
-        made = runpy.run_path(file, run_name="vgm")[name]
-        vgm: Any = functools.partial(made(**given) if given or isinstance(made, type) else made)
-        code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    vgm.check = getattr(vgm.func, "check", lambda seconds: None)
-    vgm.identity = {"name": name, "code": code, "is": getattr(vgm.func, "identity", given)}
-    return vgm
+# ------------------------------------------------------------------------------
+# Pictures and videos
+
+UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-# ====================================================================== Pictures, video, files
 def load_image(path: str | Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3), turned as EXIF says, alpha on white. Raises Problem."""
-    with explained(f"{path} cannot be read as a picture", Exception), Image.open(path) as image:
-        if min(image.size) < 16 or math.prod(image.size) > 50e6 or image.mode[0] in "IF":
-            raise Problem(f"{path} needs 8 bits and 16 pixels a side, 50e6 at most: {image.size}.")
-        upright = ImageOps.exif_transpose(image).convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        return np.array(Image.alpha_composite(white, upright).convert("RGB"))
+    """A picture as uint8 RGB (H, W, 3), upright, transparency on white. Raises Problem."""
+    if not Path(path).is_file():
+        raise Problem(f"{path}: there is no such file.")
+    unreadable = f"{path} cannot be read as a picture; convert it to PNG or JPEG"
+    with explained(unreadable, Exception), Image.open(path) as image:
+        width, height = image.size
+        if min(width, height) < 16 or max(width, height) > 8192 or width * height > 50e6:
+            raise Problem(f"{path} has {width}x{height} pixels: a side needs 16 to 8192, and all "
+                          "of them may be 50 million.")
+        if image.mode.startswith(("I", "F")):
+            raise Problem(f"{path} has more than 8 bits a channel: convert it to 8 bits.")
+        turn = UPRIGHT.get(image.getexif().get(0x112, 1))
+        upright = image if turn is None else image.transpose(turn)
+        colours = upright.convert("RGBA")
+    white = Image.new("RGBA", colours.size, "white")
+    return np.array(Image.alpha_composite(white, colours).convert("RGB"))
 
 
-def encode_video(clip: Clip, lossless: bool = False) -> bytes:
-    """H.264 that plays anywhere, a side below 256 enlarged as it halves colours; or exact FFV1."""
-    frames, out = clip.frames, io.BytesIO()
-    kind, codec, pixels, options = ("matroska", "ffv1", "bgr0", {}) if lossless else (
-        "mp4", "libx264", "yuv420p", {"crf": "18", "x264-params": "mbtree=0"})  # mbtree: varies
-    if not lossless:
-        side = min(frames.shape[1:3])
-        factor = 1 if side >= 256 else 2 * -(-128 // side)  # even: colours of 2x2 pixels stay apart
-        frames = frames.repeat(factor, 1).repeat(factor, 2)
-        frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
-    with av.open(out, "w", kind) as file:
-        stream: Any = file.add_stream(codec, Fraction(clip.fps).limit_denominator(1001), options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+def mp4(clip: Clip) -> bytes:
+    """H.264 that plays anywhere, the same bytes each time. imageio cannot set x264's options."""
+    height, width = clip.frames.shape[1:3]
+    frames = np.pad(clip.frames, [(0, 0), (0, height % 2), (0, width % 2), (0, 0)], "edge")
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as file:
+        rate = Fraction(clip.fps).limit_denominator(1001)
+        options = {"crf": "18", "x264-params": "mbtree=0"}  # with mbtree the bytes vary
+        stream = file.add_stream("libx264", rate, options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         file.mux(stream.encode())
     return out.getvalue()
 
 
-def read_clip(folder: Path, line: dict) -> Clip | None:
-    """The clip that a line of calls.jsonl vouches for; None if it is missing or not whole."""
-    import imageio.v3 as iio
-    with contextlib.suppress(OSError, av.FFmpegError):
-        clip = Clip(iio.imread(folder / line["clip"], plugin="pyav"), line["size"][2])
-        return clip if clip.seconds == line["seconds"] else None
-    return None
+def lossless(clip: Clip) -> bytes:
+    """FFV1 in Matroska: read_lossless gives the same frames, bit for bit."""
+    return iio.imwrite("<bytes>", clip.frames, extension=".mkv", plugin="pyav", codec="ffv1",
+                       out_pixel_format="bgr0", fps=clip.fps)
+
+
+def read_lossless(data: bytes) -> np.ndarray:
+    """The frames, uint8 RGB (T, H, W, 3). Raises OSError or av.FFmpegError.
+
+    The format is named, because ffmpeg would also follow a playlist to other files.
+    """
+    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:
+        return file.read()
+
+
+# ------------------------------------------------------------------------------
+# The run folder: what was paid for is kept, and a run that was interrupted goes on
+
+
+class RecordedModels(Models):
+    """Models that write each call into a folder, and never make one that the folder answers.
+
+    A recorded call answers a request if its role, its contents and the model's settings are equal.
+    The folder contains calls.jsonl (a line per call), clips/ (every clip, lossless), input.png,
+    start.json and, after `save`, video.mp4 and trace.json. Raises Problem for a folder that
+    another process uses, or that is damaged.
+    """
+
+    def __init__(self, vgm, vlm, folder: str | Path, seed: int = 0):
+        super().__init__(vgm, vlm, seed)
+        self.folder = Path(folder)
+        self.facts: dict = {}  # what else start.json and trace.json should say
+        (self.folder / "clips").mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.iterdir(), *(self.folder / "clips").iterdir()]:
+            if path.is_symlink():  # it could lead anywhere
+                raise Problem(f"{path} is a link: choose another folder.")
+        lock = self.folder.resolve() / "lock"
+        self.lock = filelock.FileLock(lock, is_singleton=True)  # this process may open it twice
+        with explained(f"{self.folder} is in use by another process", filelock.Timeout):
+            self.lock.acquire(blocking=False)
+        recorded = self.read_calls()
+        self.clips = sum(call.clip is not None for call in recorded)
+        while recorded and recorded[-1].failed:  # it ended its run, and is tried again
+            recorded.pop()
+        self.recorded = {call.request: call for call in recorded}
+        self.requests: Counter[str] = Counter()  # of this run
+
+    def read_calls(self) -> list[Call]:
+        """The lines of calls.jsonl; a last line torn by a power cut is dropped."""
+        path = self.folder / "calls.jsonl"
+        whole, newline, torn = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        calls = []
+        for number, line in enumerate(whole.split(b"\n"), 1):
+            if line.strip():
+                with explained(f"{path}, line {number} is damaged; delete it or choose another "
+                               "folder", ValueError):
+                    calls.append(Call.model_validate_json(line))
+        if torn:
+            os.truncate(path, len(whole + newline))
+        return calls
+
+    def begin(self, I0, q: str) -> np.ndarray:
+        """As in Models, and the folder must be of this picture and task. Writes them into it."""
+        I0 = super().begin(I0, q)
+        start = self.folder / "start.json"
+        self.facts = {"input": digest(I0, q), "task": q, **self.facts}
+        if start.exists() and self.facts["input"] not in start.read_text(errors="replace"):
+            raise Problem(f"{self.folder} is a run with another picture or task: choose another.")
+        write_file(start, to_json(self.facts))
+        write_file(self.folder / "input.png", iio.imwrite("<bytes>", I0, extension=".png"))
+        return I0
+
+    def call_vgm(self, t: int, j: int, frame, prompt: str, seconds: float, seed: int):
+        request = self.name_request("vgm", self.vgm, frame, prompt, seconds, seed)
+        call = self.recorded.get(request)
+        if call is not None:
+            clip = self.read_clip(call)
+            if clip is not None or call.error:
+                log.info("step %d: vgm: attempt %d, seed %d: recorded", t, j, seed)
+                return call.model_copy(update={"t": t, "j": j}), clip
+        call, clip = super().call_vgm(t, j, frame, prompt, seconds, seed)
+        call.request = request
+        if clip is not None:
+            self.clips += 1
+            data = lossless(clip)
+            call.clip = f"clips/{self.clips:03}.mkv"
+            call.sha256 = hashlib.sha256(data).hexdigest()
+            write_file(self.folder / call.clip, data)  # before the line that promises it
+        return self.write(call), clip
+
+    def call_vlm(self, role: str, t: int, instructions: str, parts: list, schema) -> Call:
+        request = self.name_request(role, self.vlm, instructions, parts, schema)
+        call = self.recorded.get(request)
+        if call is not None and (call.fault or fits(call.reply, schema)):
+            log.info("step %d: %s: recorded", t, role)
+            return call.model_copy(update={"t": t})
+        call = super().call_vlm(role, t, instructions, parts, schema)
+        call.request = request
+        return self.write(call)
+
+    def name_request(self, role: str, model, *contents) -> str:
+        """A hash of a request, and a number: how often this run has made an equal one."""
+        name = digest(role, identity(model), *contents)
+        self.requests[name] += 1
+        return f"{name}-{self.requests[name]}"
+
+    def write(self, call: Call) -> Call:
+        """Append a finished call to calls.jsonl. Returns it as it was written, without secrets."""
+        line = to_json(call.model_dump(exclude_none=True), indent=None)
+        with open(self.folder / "calls.jsonl", "ab") as file:
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return Call.model_validate_json(line)
+
+    def read_clip(self, call: Call) -> Clip | None:
+        """The clip of a recorded call; None if it is missing or has changed."""
+        if call.clip is None or call.size is None:
+            return None
+        try:
+            data = (self.folder / "clips" / Path(call.clip).name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != call.sha256:
+                return None
+            clip = Clip(read_lossless(data), call.size[2])
+        except (OSError, av.FFmpegError):
+            return None
+        return clip if clip.seconds == call.seconds else None
+
+    def save(self, result: Result, **facts) -> Path:
+        """Write video.mp4 and trace.json. Returns the path of the video."""
+        trace = {
+            "status": result.status,
+            "unverified_steps": result.unverified_steps,
+            **self.facts,
+            **facts,
+            "cost": self.cost(),
+            "calls": [call.model_dump(exclude_none=True) for call in self.calls],
+        }
+        write_file(self.folder / "video.mp4", mp4(result.video))
+        write_file(self.folder / "trace.json", to_json(trace))
+        return self.folder / "video.mp4"
+
+
+def identity(model) -> Any:
+    """What makes a model another one: its `identity`, or else its source file and its fields."""
+    if hasattr(model, "identity"):
+        return model.identity
+    if isinstance(model, partial):
+        return [identity(model.func), model.args, model.keywords]
+    function = model if inspect.isroutine(model) else type(model).__call__
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    source = []
+    if code is not None:
+        linecache.checkcache(code.co_filename)  # it may have been edited
+        source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
+    values = {}
+    if is_dataclass(model):
+        values = {each.name: getattr(model, each.name) for each in fields(model)}
+    return [type(model).__qualname__, values, source]
+
+
+def digest(*parts) -> str:
+    """A hash of texts, numbers, pictures, clips and schemas, in lists or dicts."""
+
+    def plain(part):
+        if isinstance(part, np.ndarray):
+            data = np.ascontiguousarray(part)
+            return [part.shape, str(part.dtype), hashlib.sha256(data).hexdigest()]
+        if isinstance(part, Clip):
+            return [part.frames, part.fps]
+        if isinstance(part, type):
+            return part.model_json_schema()
+        return repr(part)
+
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
+
+
+def fits(reply, schema: type[BaseModel]) -> bool:
+    try:
+        schema.model_validate(reply)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def to_json(value, indent: int | None = 2) -> bytes:
+    return clean(json.dumps(value, indent=indent, default=str)).encode()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """All of it or nothing, also if the power goes. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """All of it or nothing, also if the power goes; a link is replaced. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
-def save(outcome: Result, models: Models, **facts) -> Path:
-    """Writes trace.json and video.mp4 into models.folder (a temporary one goes with `models`)."""
-    trace = {"status": outcome.status, "unverified_steps": outcome.unverified_steps, **facts,
-             "cost": models.cost(), "calls": models.calls}
-    write_file(models.folder / "video.mp4", encode_video(outcome.video))
-    write_file(models.folder / "trace.json", clean(json.dumps(trace, indent=2)).encode())
-    return models.folder / "video.mp4"
-
-
-@contextlib.contextmanager
+@contextmanager
 def explained(what: str, *errors: type[Exception]):
-    """Turns a library's errors into one sentence; a Problem goes through as it is."""
+    """Turn a library's errors into one sentence. A Problem goes through as it is."""
     try:
         yield
+    except Problem:
+        raise
     except errors as error:
-        raise error if isinstance(error, Problem) else Problem(f"{what} ({first_line(error)}).")
+        raise Problem(f"{what} ({first_line(error)}).") from error
 
 
-def first_line(error: Any) -> str:
-    """An error in one short line; of pydantic's the first one, of an endpoint its whole body."""
-    text = str(error).strip() or type(error).__name__
-    if hasattr(error, "errors"):
-        text = ": ".join([*map(str, error.errors()[0]["loc"]), error.errors()[0]["msg"]])
-    if code := getattr(error, "status_code", 0):  # str() hides Google's bodies, which are lists
-        text = f"{code}; {error.body}"
-    return clean(text).splitlines()[0][:400]
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in the name of a variable
 
 
 def clean(text: str) -> str:
-    """The text without what the environment calls a secret, and without what steers a terminal."""
+    """The text without the environment's secrets, and without what steers a terminal."""
     for name, value in os.environ.items():
-        if len(value := value.strip()) >= 8 and SECRET.search(name):
-            text = text.replace(value, "***")
-    return "".join(x if x.isprintable() or x == "\n" else "\N{REPLACEMENT CHARACTER}" for x in text)
+        secret = value.strip()
+        if SECRET.search(name) and len(secret) >= 8:
+            text = text.replace(secret, "***")
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for character in text)
 
 
-# ============================================================================== Command line
-@settings(config=checked)
-class Command:
+# ------------------------------------------------------------------------------
+# The command line
+
+VGM = TypeVar("VGM")
+
+
+@dataclass
+class Command(Generic[VGM]):
     """CollabVR (arXiv 2605.08735v1): a VLM plans, checks and repairs a generator's video."""
+
     image: str  # the input image I0
     task: str  # the task prompt q
     config: Config
     vlm: OpenAIVLM
-    vgm: Wan
+    vgm: VGM
     out: Path | None = None  # run folder, which resumes (default: runs/IMAGE-HASH)
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0  # seed of the first clip; later ones count up
-    vgm_arg: list[str] = field(default_factory=list)  # NAME=TEXT for the class in FILE.py:NAME
-    dry_run: bool = False  # check everything, load the weights, generate nothing
+    seed: int = 0  # seed of the first clip; later ones count up
 
-    def run(self, running: list[Models]) -> None:
-        """Checks, runs, saves, tells. `running` gets the models as soon as they may be called."""
-        config, vlm, wan, q = self.config, self.vlm, self.vgm, self.task.strip()
-        if not q or q != q.encode(errors="replace").decode():
-            raise Problem("The task is empty or no text: say what the video should show.")
-        I0, given = load_image(self.image), dict(x.partition("=")[::2] for x in self.vgm_arg)
-        shown = {k: "***" if SECRET.search(k) else v for k, v in given.items()}
-        chosen = asdict(config) | asdict(vlm) | asdict(wan) | {"seed": self.seed, "vgm_arg": shown}
-        vgm = load_generator(wan, given)
-        stem = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
-        out = self.out or Path("runs", f"{stem}-{digest(I0, q, chosen)[:8]}")
-        if self.dry_run or not any(x.stat().st_size for x in out.glob("calls.jsonl")):
-            vlm.check()
-            vgm.check(min(config.seconds_first, config.seconds_next))
-            log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video, %d "
-                     "VLM calls, and what fails.", vlm.host, *config.worst_case())
-        if self.dry_run:
-            return print(clean(json.dumps(chosen, indent=2)), "Nothing was generated.", sep="\n")
-        models, start = Models(vgm, vlm, out, self.seed), out / "start.json"
-        facts = {"input": digest(I0, q), "image": self.image, "task": q, "settings": chosen}
-        if start.exists() and str(facts["input"]) not in start.read_text():
-            raise Problem(f"{out} is a run with another image or task: choose another --out.")
-        write_file(start, clean(json.dumps(facts)).encode())
-        Image.fromarray(I0).save(out / "input.png")
-        running.append(models)
-        result = CollabVR(models, config).run(I0, q)
-        told = {"status": result.status, "unverified_steps": result.unverified_steps,
-                **models.cost(), "video": clean(str(save(result, models, **facts)))}
-        print(*(f"{name:17} {value}" for name, value in told.items()), sep="\n")
+    def prepare(self) -> tuple[RecordedModels, np.ndarray]:
+        """The models and I0. Raises Problem if something is wrong before anything is paid for."""
+        if not self.task.strip():
+            raise Problem("The task is empty: say what the video should show.")
+        with explained("The task is no valid text", UnicodeError):
+            self.task.encode()
+        I0 = load_image(self.image)
+        chosen = {**asdict(self.config), **asdict(self.vlm), "seed": self.seed}
+        if is_dataclass(self.vgm):
+            chosen.update(asdict(self.vgm))  # type: ignore[arg-type]
+        out = self.out
+        if out is None:
+            name = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
+            out = Path("runs", f"{name}-{digest(I0, self.task, chosen)[:8]}")
+        if not (out / "calls.jsonl").exists():
+            check = getattr(self.vgm, "check", None)
+            if check is not None:
+                check()
+            log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video, "
+                     "%d VLM calls, and what fails.", self.vlm.host, *self.config.worst_case())
+        models = RecordedModels(self.vgm, self.vlm, out, self.seed)
+        shown = {name: "***" if SECRET.search(name) else value for name, value in chosen.items()}
+        models.facts = {"image": self.image, "settings": shown}
+        return models, I0
 
 
-def parse(argv, kind=Command, prog="collabvr.py"):
-    """What was typed. Raises Problem, in the words of tyro's box, and SystemExit after --help."""
-    import tyro
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        return tyro.cli(kind, args=argv, prog=prog, config=(
-            tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction))
-    told = said.getvalue() or sys.exit(0)  # nothing was wrong: it was --help
-    text = re.split("[─-]{3,}", told)[1]  # what stands between the box's first two rules
-    text = re.sub(r"(?s)[╮╰│]|\d+ validation errors? for \w+|\[type=.*", "", text)
-    raise Problem(f"{' '.join(text.split())}; --help lists the options.")
+class CleanFormatter(logging.Formatter):
+    """Keeps secrets, and what steers a terminal, out of the log."""
+
+    def format(self, record):
+        return clean(super().format(record))
 
 
-def main(argv=None) -> int:
-    """Returns 0: a video was made; 2: bad input, no model was called; 1: a fault; 130: Ctrl-C."""
-    logging.basicConfig(handlers=[screen := logging.StreamHandler()])
-    screen.format = lambda record: clean(logging.Formatter().format(record))  # type: ignore
+def prepare_terminal() -> None:
+    """The log goes to stderr, SIGTERM ends like Ctrl-C, and no file name stops a print."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(CleanFormatter())
+    logging.basicConfig(handlers=[handler])
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    running: list[Models] = []
+    logging.getLogger("openai").setLevel(logging.INFO)  # says when it tries again
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
+    """The command line. `sys.exit(collabvr.main(Mine))` makes one for a generator of your own:
+    the fields of the dataclass Mine become options.
+
+    Returns the exit status: 0, a video was made; 2, something was wrong before any model had
+    answered; 1, something failed later; 130, interrupted. Raises SystemExit for bad options.
+    """
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # a box has no room for them
+    import tyro
+
+    command = tyro.cli(
+        Command[vgm],  # type: ignore[valid-type]
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    prepare_terminal()
+    models = None
     try:
-        parse(argv).run(running)
-        return 0
+        models, I0 = command.prepare()
+        result = CollabVR(models, command.config).run(I0, command.task)
+        video = models.save(result)
     except KeyboardInterrupt:
-        status, said = 130, "Interrupted."
+        status, message = 130, "Interrupted."
     except (Problem, OSError) as error:
-        status, said = 1 if running else 2, " ".join(str(error).split())
-    if running and running[0].lines:
-        said += " What was paid for is kept: the same command goes on from here."
-    print(f"collabvr: {clean(said)}", file=sys.stderr)
+        status, message = 1 if models and models.calls else 2, str(error)
+    else:
+        told = {
+            "status": result.status,
+            "unverified_steps": result.unverified_steps,
+            **models.cost(),
+            "video": clean(str(video)),
+        }
+        for name, value in told.items():
+            print(f"{name:17} {value}")
+        return 0
+    if models and models.calls:
+        message += " What was paid for is kept: the same command goes on from here."
+    print(f"collabvr: {clean(message)}", file=sys.stderr)
     return status
 
 

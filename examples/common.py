@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import importlib
+import io
 import json
 import signal
 import sys
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio.v3 as iio
+import av
 import numpy as np
+from PIL import Image
 
 import collabvr
 from collabvr import Clip, Models, Problem, explained
@@ -141,6 +143,18 @@ def inside(path: Path, root: Path) -> Path | None:
     return None
 
 
+def read_picture(data: bytes) -> np.ndarray:
+    """A PNG, uint8 RGB, and nothing else: other formats start programs or name other files."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        return np.array(image.convert("RGB"))
+
+
+def read_frames(data: bytes, kind: str) -> np.ndarray:
+    """A video of that kind, uint8 RGB (T, H, W, 3), and no playlist, which names other files."""
+    with av.open(io.BytesIO(data), format=kind) as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
 def read_json(path: Path | None) -> dict:
     """The object in a file; {} if there is none. Raises ValueError, TypeError."""
     if path is None:
@@ -191,11 +205,22 @@ class Run:
     def picture(self) -> np.ndarray | None:
         """The input image. Raises Problem."""
         path = self.file("input.png")
-        return collabvr.load_image(path) if path else None
+        if path is None:
+            return None
+        with explained(f"{path} is no PNG", Exception):  # whatever a damaged file raises
+            return read_picture(path.read_bytes())
 
     def video(self) -> Path | None:
         """The final video of a finished run; beside no trace.json it would be an older run's."""
         return self.file("video.mp4") if "status" in self.facts else None
+
+    def frames(self) -> np.ndarray | None:
+        """The frames of the final video. Raises Problem."""
+        path = self.video()
+        if path is None:
+            return None
+        with explained(f"{path} is no MP4", Exception):  # whatever a damaged file raises
+            return read_frames(path.read_bytes(), "mp4")
 
     def clip(self, call) -> Clip | None:
         """The clip of a call to the generator; None if it is missing, elsewhere or damaged."""
@@ -203,10 +228,9 @@ class Run:
         if path is None:
             return None
         try:
-            frames = iio.imread(path, plugin="pyav")
+            return Clip(read_frames(path.read_bytes(), "matroska"), call.size[2])
         except Exception:  # noqa: BLE001  whatever a damaged file raises
             return None
-        return Clip(frames, call.size[2])
 
 
 def load_run(folder: Path, root: Path | None = None) -> Run:

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import tyro
 from PIL import Image
@@ -284,8 +284,9 @@ def fidelity(rows: list[dict]) -> Table:
         path = run.file(first.clip) if first else None
         picture = run.picture()
         if path is not None and picture is not None:
-            with explained(f"{path} cannot be read", Exception):  # whatever it holds now
-                frame = iio.imread(path, index=0, plugin="pyav")
+            with (explained(f"{path} cannot be read", Exception),  # whatever it holds now
+                  av.open(str(path), format="matroska") as file):
+                frame = next(file.decode(video=0)).to_ndarray(format="rgb24")
             found.append(ssim(picture, frame))
     std = float(np.std(found, ddof=1)) if len(found) > 1 else None
     return Table("First-frame fidelity (A.4)", ["", "clips", "mean", "std"],

@@ -25,6 +25,7 @@ import tyro
 from PIL import Image
 from pydantic import FiniteFloat, TypeAdapter
 
+import collabvr
 from collabvr import Problem, explained, write_file
 from examples.common import Run, Table, command, inside, load_run, needed, paired, read_lines
 
@@ -144,8 +145,11 @@ def join_scores(folder: Path, rows: list[dict]) -> None:
     path = folder / "scores.json"
     if not path.exists():
         return
-    with explained(f"{path} is no object of sample ids and numbers", OSError, ValueError):
+    try:
         scores = SCORES.validate_json(path.read_bytes())
+    except ValueError as error:
+        raise Problem(f"{path} is no object of sample ids and numbers "
+                      f"({collabvr.every_fault(error)}).") from error
     unknown = scores.keys() - {x["id"] for x in rows}
     missing = {x["id"] for x in rows if x["video"]} - scores.keys()
     if unknown:

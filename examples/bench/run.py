@@ -276,10 +276,10 @@ class Benchmark:
         if not left:
             return
         runner, results, jobs = Runner(self), queue.Queue(), iter(left)
-        lock = threading.Lock()
+        lock, stop = threading.Lock(), threading.Event()
 
         def work() -> None:
-            while True:
+            while not stop.is_set():
                 with lock:
                     job = next(jobs, None)
                 if job is None:
@@ -288,8 +288,11 @@ class Benchmark:
 
         for _ in range(self.options.in_flight):
             threading.Thread(target=work, daemon=True).start()
-        for _ in left:
-            yield results.get()
+        try:
+            for _ in left:
+                yield results.get()
+        finally:
+            stop.set()
 
     def with_ray(self, left: list[Job]) -> Iterator[Done]:
         """Ray Data: actors that build the pipeline once each. An actor that dies is replaced, as
@@ -339,6 +342,7 @@ def begin_ray():
     """The module, connected to the cluster that RAY_ADDRESS names, or else to one of its own on
     this machine, which nobody else can reach."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # lesser ones fill screens, too
     address = os.environ.get("RAY_ADDRESS")
     if not address:  # else Ray listens on every interface
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -539,6 +543,11 @@ def main(
     return guarded("bench", action)
 
 
+@dataclass
+class NoOptions:
+    """In place of a generator that is no dataclass."""
+
+
 def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
     import tyro
 
@@ -552,9 +561,13 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
         which, _ = tyro.cli(Which, args=argv, add_help=False, return_unknown_args=True)
         module, name = GENERATORS[which.generator]
         vgm = getattr(importlib.import_module(module), name)
-    return tyro.cli(kind[vgm, vlm], args=argv, prog="python -m examples.bench.run",
-                    description=__doc__,
-                    config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    fields = vgm if is_dataclass(vgm) else NoOptions
+    options = tyro.cli(kind[fields, vlm], args=argv, prog="python -m examples.bench.run",
+                       description=__doc__,
+                       config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    if fields is NoOptions:
+        options.vgm = vgm() if isinstance(vgm, type) else vgm
+    return options
 
 
 if __name__ == "__main__":

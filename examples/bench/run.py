@@ -342,7 +342,6 @@ def begin_ray():
     """The module, connected to the cluster that RAY_ADDRESS names, or else to one of its own on
     this machine, which nobody else can reach."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # lesser ones fill screens, too
     address = os.environ.get("RAY_ADDRESS")
     if not address:  # else Ray listens on every interface
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -547,6 +547,17 @@ class NoOptions:
     """In place of a generator that is no dataclass."""
 
 
+def check_names(*kinds: type) -> None:
+    """Raises Problem for two options of one name."""
+    owner: dict[str, type] = {}
+    for kind in kinds:
+        for name in kind.__dataclass_fields__:
+            if name in owner and name not in ("config", "vlm", "vgm"):  # those are groups
+                raise Problem(f"{kind.__name__}.{name} would be the option that "
+                              f"{owner[name].__name__}.{name} is: give it another name.")
+            owner[name] = kind
+
+
 def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
     import tyro
 
@@ -561,6 +572,7 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
         module, name = GENERATORS[which.generator]
         vgm = getattr(importlib.import_module(module), name)
     fields = vgm if is_dataclass(vgm) else NoOptions
+    check_names(kind, Config, vlm, fields)
     options = tyro.cli(kind[fields, vlm], args=argv, prog="python -m examples.bench.run",
                        description=__doc__,
                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))

@@ -342,7 +342,6 @@ def begin_ray():
     """The module, connected to the cluster that RAY_ADDRESS names, or else to one of its own on
     this machine, which nobody else can reach."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # lesser ones fill screens, too
     address = os.environ.get("RAY_ADDRESS")
     if not address:  # else Ray listens on every interface
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -548,6 +547,17 @@ class NoOptions:
     """In place of a generator that is no dataclass."""
 
 
+def check_names(*kinds: type) -> None:
+    """Raises Problem for two options of one name."""
+    owner: dict[str, type] = {}
+    for kind in kinds:
+        for name in kind.__dataclass_fields__:
+            if name in owner and name not in ("config", "vlm", "vgm"):  # those are groups
+                raise Problem(f"{kind.__name__}.{name} would be the option that "
+                              f"{owner[name].__name__}.{name} is: give it another name.")
+            owner[name] = kind
+
+
 def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
     import tyro
 
@@ -562,6 +572,7 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
         module, name = GENERATORS[which.generator]
         vgm = getattr(importlib.import_module(module), name)
     fields = vgm if is_dataclass(vgm) else NoOptions
+    check_names(kind, Config, vlm, fields)
     options = tyro.cli(kind[fields, vlm], args=argv, prog="python -m examples.bench.run",
                        description=__doc__,
                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))

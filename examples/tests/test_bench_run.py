@@ -350,6 +350,15 @@ def test_a_generator_that_cannot_work_stops_the_start(tmp_path, monkeypatch, cap
     assert capsys.readouterr().err.splitlines()[-1] == "bench: No GPU here."
 
 
+def test_two_options_of_one_name_are_refused(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Slow(Painter):
+        in_flight: int = 3
+
+    assert own(monkeypatch, tmp_path, vgm=Slow) == 2
+    assert "Slow.in_flight would be the option that Options.in_flight is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("package, options", [
     ("ray", ["--ray", "2"]), ("datasets", ["--data", "somebody/some-data"])])
 def test_a_missing_package_says_what_to_install(

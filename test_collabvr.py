@@ -1,20 +1,31 @@
-"""Tests of collabvr.py: no network, no GPU. Their names, read in order, tell what the method does.
+"""What collabvr.py does. No network, no GPU, no mock library.
 
-The models are scripted: `Painter` is a generator that paints the number of its call into the
-frames, `Script` a VLM that reads its replies from a list. No mock library.
+The first part is the method's specification. A test is a script of what the VLM replies:
+
+    run = go(plan(left=2), reject(), accept("partial"), plan(), accept())
+    assert run.roles() == "pvvpv" and run.shown() == [2, 3] and run.status == "complete"
+
+plan, accept, reject and route are replies of the planner, the verifier and the failure router.
+The generator paints the number of the generation into the frames, so that `shown` can tell which
+generations the video consists of. What follows are the models, the VLM's replies, the run folder,
+the endpoint, the command line, and tests with a real pipeline and a real server.
 """
 
 import base64
 import contextlib
+import functools
 import http.server
 import importlib.util
 import io
 import itertools
 import json
+import linecache
+import math
 import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -22,11 +33,14 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.parse
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import hypothesis
+import imageio.v3 as iio
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -36,98 +50,639 @@ import collabvr as c
 
 ROOT = Path(c.__file__).parent
 TINY_WAN = ROOT / "examples" / "maze" / "tiny-wan"
+SLOW = "COLLABVR_SLOW" in os.environ
+slow = pytest.mark.skipif(not SLOW, reason="takes longer: COLLABVR_SLOW=1")
+
 I0 = np.full((32, 48, 3), 250, np.uint8)
-ROLE = {"FirstPlan": "planner", "Plan": "planner", "Verification": "verifier",
-        "Routing": "router", "LastRouting": "router"}
+ROLE = {
+    "FirstPlan": "planner",
+    "Plan": "planner",
+    "Verification": "verifier",
+    "Routing": "router",
+    "LastRouting": "router",
+}
 
 
-# ----------------------------------------------------------------------------- scripted models
+# ------------------------------------------------------------------------------
+# The little language
+
+
+def plan(instruction="move it", left=1, done=False, target="there"):
+    return {
+        "observation": "a maze", "remaining_goal": "the rest", "task_complete": done,
+        "instruction": instruction, "target_state": target, "estimated_steps_remaining": left,
+    }
+
+
+def accept(progress="complete", executed=True):
+    return {
+        "reason": "as planned", "action_executed": executed, "progress": progress,
+        "good_fraction": 1.0, "suggestion": "", "confidence": "high", "verdict": "accept",
+    }
+
+
+def reject(good=0.5, suggestion="go left", reason="it went right"):
+    return {
+        "reason": reason, "action_executed": False, "progress": "none", "good_fraction": good,
+        "suggestion": suggestion, "confidence": "low", "verdict": "reject",
+    }
+
+
+def route(action, suggestion="slower", steps=0, reason="so it is"):
+    return {
+        "reason": reason, "action": action, "suggestion": suggestion, "estimated_steps": steps,
+    }
+
+
+def without(reply, *names):
+    return {name: value for name, value in reply.items() if name not in names}
 
 
 class Painter:
-    """A generator: frame 0 is the conditioning frame, the others have the call's number as
-    colour."""
+    """A generator. Frame 0 is the conditioning frame; the number of the call fills the others."""
 
     def __init__(self, fps=4, fail=()):
-        self.fps, self.fail, self.calls = fps, set(fail), []
+        self.fps = fps
+        self.fail = fail  # numbers of the calls that fail
+        self.calls = []
 
     def __call__(self, frame, prompt, seconds, seed):
-        self.calls.append({"frame": frame.copy(), "prompt": prompt, "seconds": seconds,
-                           "seed": seed})
+        call = {"frame": frame.copy(), "prompt": prompt, "seconds": seconds, "seed": seed}
+        self.calls.append(call)
         if len(self.calls) in self.fail:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("no more memory")
         return painted(frame, seconds, len(self.calls), self.fps)
 
 
-def painted(frame, seconds, colour, fps=4):
+def painted(frame, seconds, number, fps=4):
     frames = np.repeat(frame[None], int(seconds * fps) + 1, 0)
-    frames[1:] = colour
+    frames[1:] = number
     return c.Clip(frames, fps)
 
 
 class Script:
-    """A VLM: answers from a list, checks that the right role asks, keeps what it was shown."""
+    """A VLM that replies what it is told to, and remembers what it was shown."""
 
     def __init__(self, *replies):
-        self.replies, self.calls = list(replies), []
+        self.replies = list(replies)
+        self.calls = []
 
     def __call__(self, instructions, parts, schema):
-        self.calls.append({"role": ROLE[schema.__name__], "parts": parts, "text": text_of(parts),
-                           "instructions": instructions, "schema": schema.__name__})
-        reply = self.replies.pop(0)
-        if isinstance(reply, dict):
-            asked = f"{schema.__name__} was asked for, the script has {reply}"
-            assert set(schema.model_fields) == set(reply), asked
-        return said(reply)
-
-    def roles(self):
-        return "".join(call["role"][0] for call in self.calls)
+        self.calls.append({
+            "role": ROLE[schema.__name__], "schema": schema.__name__, "parts": parts,
+            "instructions": instructions, "text": text_of(parts),
+        })
+        assert self.replies, f"a {schema.__name__} was asked for, and the script is over"
+        return said(self.replies.pop(0))
 
 
 def said(reply, **others):
     text = reply if isinstance(reply, str) else json.dumps(reply)
-    return {"text": text, "tokens_in": 100, "tokens_out": 10, "model": "script-1"} | others
+    return {"text": text, "tokens_in": 100, "tokens_out": 10, "model": "script-1", **others}
 
 
 def text_of(parts):
-    return "\n".join(p for p in parts if isinstance(p, str))
+    return "\n".join(part for part in parts if isinstance(part, str))
 
 
-def plan(instruction="move it", left=1, done=False, target="there"):
-    return {"observation": "a maze", "remaining_goal": "the rest", "task_complete": done,
-            "instruction": instruction, "target_state": target, "estimated_steps_remaining": left}
+def clips_of(parts):
+    return [part for part in parts if isinstance(part, c.Clip)]
 
 
-def accept(progress="complete", executed=True):
-    return {"reason": "as planned", "action_executed": executed, "progress": progress,
-            "good_fraction": 1.0, "suggestion": "", "confidence": "high", "verdict": "accept"}
+def pictures_of(parts):
+    return [part for part in parts if isinstance(part, np.ndarray)]
 
 
-def reject(good=0.5, suggestion="go left", reason="it went right"):
-    return {"reason": reason, "action_executed": False, "progress": "none", "good_fraction": good,
-            "suggestion": suggestion, "confidence": "low", "verdict": "reject"}
+def numbers(clip):
+    """The generations that a clip consists of, frame 0 apart."""
+    return [number for number, _ in itertools.groupby(clip.frames[1:, 0, 0, 0].tolist())]
 
 
-def route(action, suggestion="slower", steps=0):
-    return {"reason": "so it is", "action": action, "suggestion": suggestion,
-            "estimated_steps": steps}
+@dataclass
+class Run:
+    """A run that is over."""
+
+    result: c.Result
+    models: c.Models
+
+    @property
+    def status(self):
+        return self.result.status
+
+    @property
+    def unverified(self):
+        return self.result.unverified_steps
+
+    @property
+    def video(self):
+        return self.result.video
+
+    @property
+    def cost(self):
+        return self.models.cost()
+
+    def shown(self):
+        """The generations that the video consists of."""
+        return numbers(self.video)
+
+    def roles(self):
+        """The VLM's calls: p for planner, v for verifier, r for router."""
+        return "".join(call.role[0] for call in self.models.calls if call.role != "vgm")
+
+    def given(self, name):
+        """What the generator was given, call by call: frame, prompt, seconds or seed."""
+        return [call[name] for call in self.models.vgm.calls]
+
+    def asked(self, role):
+        """What the VLM was told in this role, call by call."""
+        return [call["text"] for call in self.models.vlm.calls if call["role"] == role]
+
+    def seen(self, role):
+        """The parts that the VLM was shown in this role, call by call."""
+        return [call["parts"] for call in self.models.vlm.calls if call["role"] == role]
 
 
 def go(*replies, vgm=None, vlm=None, folder=None, q="solve the maze", seed=0, **config):
-    """Runs a script to its end; (result, generator, VLM, models)."""
-    models = c.Models(vgm or Painter(), vlm or Script(*replies), folder, seed)
-    config = c.Config(**{"seconds_first": 2, "seconds_next": 1} | config)
-    try:
-        result = c.CollabVR(models, config).run(I0, q)
-    finally:
-        models.lock.release()
-    assert not getattr(vlm or models.vlm, "replies", None), "the run ended before the script did"
-    return result, models.vgm, models.vlm, models
+    """A run, with two seconds for step 1 and one for the later ones, to the script's end."""
+    vgm = vgm or Painter()
+    vlm = vlm or Script(*replies)
+    if folder is None:
+        models = c.Models(vgm, vlm, seed)
+    else:
+        models = c.RecordedModels(vgm, vlm, folder, seed)
+    config = c.Config(**{"seconds_first": 2, "seconds_next": 1, **config})
+    result = c.CollabVR(models, config).run(I0, q)
+    assert not getattr(vlm, "replies", None), "the run ended before the script did"
+    return Run(result, models)
 
 
-def colours(clip):
-    """The calls that the frames come from, frame 0 apart."""
-    return [k for k, _ in itertools.groupby(clip.frames[1:, 0, 0, 0].tolist())]
+def by_role(planner, verifier, router=None):
+    """A VLM that asks one of these functions, with the parts and the schema, for its reply."""
+    roles = {"planner": planner, "verifier": verifier, "router": router}
+
+    def vlm(instructions, parts, schema):
+        return said(roles[ROLE[schema.__name__]](parts, schema))
+
+    return vlm
+
+
+# ------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def test_figure_10():
+    """The paper's trace: reject, evolve, accept, plan again, accept."""
+    run = go(
+        plan("go right", left=2), reject(suggestion="to the right, not up"), accept("partial"),
+        plan("go down", left=1), accept(),
+    )
+    assert run.roles() == "pvvpv"
+    assert run.given("prompt") == [
+        "go right", "go right Correction: to the right, not up", "go down"]
+    assert run.shown() == [2, 3], "the rejected first clip is not in the video"
+    assert (run.status, run.unverified) == ("complete", [])
+    assert run.video.seconds == 3 and len(run.video.frames) == 3 * 4 + 1
+
+
+def test_figure_10_obeys_the_evolved_prompt():
+    """A clip that follows the correction and contradicts the first plan is accepted. [D11]"""
+    places = {"right of the last green book": 1, "first empty gap": 2}
+
+    def place(text):
+        return places[max(places, key=text.rfind)]
+
+    def vgm(frame, prompt, seconds, seed):
+        number = place(prompt)
+        return painted(frame, seconds, 9 if number == 1 else number)  # it cannot do the first
+
+    def planner(parts, schema):
+        return plan("put the book right of the last green book")
+
+    def verifier(parts, schema):
+        (action,) = (p for p in parts if isinstance(p, str) and p.startswith("Planned action:"))
+        if numbers(clips_of(parts)[-1]) == [place(action)]:
+            return accept()
+        return reject(suggestion="put it into the first empty gap")
+
+    run = go(vgm=vgm, vlm=by_role(planner, verifier), on_exhausted="replan")
+    assert run.roles() == "pvv" and run.shown() == [2] and run.status == "complete"
+
+
+def test_attempts_of_a_step_share_its_frame():
+    """Every attempt starts from f; f becomes the accepted clip's last frame (line 9)."""
+    run = go(plan(left=2), reject(), accept(), plan(), accept())
+    first, second, third = run.given("frame")
+    assert (first == I0).all() and (second == I0).all() and (third == 2).all()
+
+
+def test_attempts_of_a_step_share_its_length():
+    """A clip's length belongs to its step. [D8]"""
+    run = go(plan(left=2), reject(), accept(), plan(), reject(), accept())
+    assert run.given("seconds") == [2, 2, 1, 1]
+
+
+def test_complete_takes_planner_and_verifier():
+    """Line 10: the plan calls this step its last, and the verifier sees it complete. [D2]"""
+    assert go(plan(left=1), accept("complete")).roles() == "pv"
+    run = go(plan(left=2), accept("complete"), plan(left=1), accept("partial"), plan(), accept())
+    assert run.roles() == "pvpvpv" and run.status == "complete"
+
+
+def test_a_planner_may_end_the_run():
+    """A later plan may find that nothing is left to do. [D1]"""
+    run = go(plan(left=2), accept("partial"), plan("", done=True, target=""))
+    assert run.roles() == "pvp" and run.shown() == [1] and run.status == "complete"
+
+
+def test_no_planner_ends_a_run_without_a_clip():
+    """While H is empty, task_complete must be false; the planner is told so. [D1]"""
+    run = go(plan("then move", done=True), plan("move"), accept())
+    assert run.roles() == "ppv" and run.given("prompt") == ["move"]
+    assert "task_complete must be false" in run.asked("planner")[1]
+    run = go(plan(), reject(), plan(done=True), plan("on"), accept(), M=1, on_exhausted="replan")
+    assert run.roles() == "pvppv", "a rejected clip is not in H"
+
+
+def test_a_run_ends_at_the_step_cap():
+    """Line 19, after N_max steps."""
+    run = go(*[plan(left=1), accept("partial")] * 3)
+    assert run.roles() == "pvpvpv" and run.shown() == [1, 2, 3] and run.status == "step_cap"
+
+
+def test_a_last_plan_that_sees_more_is_a_step_cap():
+    """At t = N_max, too, the plan counts as it speaks. [D2]"""
+    run = go(*[plan(left=2), accept()] * 3)
+    assert (run.status, run.unverified) == ("step_cap", [])
+    assert go(plan(left=5), accept(), N_max=1).status == "step_cap"
+
+
+@pytest.mark.parametrize("empty", [plan(instruction=" "), plan(target="")])
+def test_a_plan_needs_an_action_and_its_target(empty):
+    """A plan without one of the two is not usable."""
+    run = go(empty, plan(), accept())
+    assert run.roles() == "ppv" and run.given("prompt") == ["move it"]
+
+
+def test_every_clip_has_a_seed_of_its_own():
+    """The run's seed plus the number of generations so far. [D6]"""
+    run = go(plan(left=2), reject(), accept(), plan(), accept(), seed=40)
+    assert run.given("seed") == [40, 41, 42]
+
+
+def test_the_papers_bounds(unsynced):
+    """Table 10, with the router off: 1 to 9 clips, 2 to 12 VLM calls, 1 to 3 steps."""
+    clips, calls, steps = set(), set(), set()
+    for seed in range(60):
+        chance = random.Random(seed)
+
+        def planner(parts, schema, chance=chance):
+            done = schema is c.Plan and chance.random() < 0.2
+            return plan(left=chance.choice([1, 2]), done=done)
+
+        def verifier(parts, schema, chance=chance, never=seed == 0):
+            replies = [accept("complete"), accept("partial"), reject(), reject(), reject()]
+            return reject() if never else chance.choice(replies)
+
+        policy = chance.choice(["replan", "best"])
+        cost = go(vlm=by_role(planner, verifier), on_exhausted=policy).cost
+        assert cost["clips"] == cost["steps"] + cost["regenerations"]
+        clips.add(cost["clips"])
+        calls.add(cost["calls"]["planner"] + cost["calls"]["verifier"])
+        steps.add(cost["steps"])
+        assert set(cost["calls"]) == {"planner", "verifier", "vgm"}
+    assert (min(clips), max(clips)) == (1, 9)
+    assert (min(calls), max(calls)) == (2, 12)
+    assert steps == {1, 2, 3}
+
+
+# ------------------------------------------------------------------------------
+# Sec. 3.3: evolution
+
+
+def test_corrections_of_a_step_add_up():
+    """Line 15: each suggestion is folded into the prompt as it stands."""
+    run = go(plan("go"), reject(suggestion="up"), reject(suggestion="slower"), accept())
+    assert run.given("prompt")[2] == "go Correction: up Correction: slower"
+
+
+def test_without_a_suggestion_the_reason_counts():
+    """The same prompt once more would repeat its mistake. [D5]"""
+    run = go(plan("go"), reject(suggestion=" ", reason="it fell"), accept())
+    assert run.given("prompt")[1] == "go Correction: it fell"
+
+
+# ------------------------------------------------------------------------------
+# App. A.2: what planner and verifier are told
+
+
+def test_the_planner_is_told_what_came_of_each_step():
+    """Task, step, cap and every outcome in words; at the cap, that the step is the last. [D7]"""
+    run = go(
+        plan("one", left=3), accept("partial"),
+        plan("two", left=2), reject(reason="it fell"), reject(), reject(reason="no door"),
+        plan("three"), accept(), on_exhausted="replan",
+    )
+    first, _, last = run.asked("planner")
+    assert "Task prompt: solve the maze" in first and "Steps so far:\nnone" in first
+    assert "Current frame: the input image" in first and "Step: 1 of at most 3\n" in first
+    assert "one Outcome: accepted, progress partial" in last
+    assert re.search("two.* Outcome: rejected, nothing was kept: no door", last)
+    assert "Step: 3 of at most 3 (the last allowed step)" in last
+
+
+def test_the_planner_sees_input_and_last_frames():
+    """The input image and the last frame of every clip in H, and no other. [D7]"""
+    run = go(plan(left=3), accept("partial"), plan(left=2), reject(), accept(), plan(), accept())
+    pictures = [pictures_of(parts) for parts in run.seen("planner")]
+    assert [[p[0, 0, 0] for p in shown] for shown in pictures] == [[250], [250, 1], [250, 1, 3]]
+
+
+def test_no_role_sees_more_than_eight_clips():
+    """Requests have limits: the newest eight. [D7]"""
+    steps = [[plan(str(i), left=2), accept("partial")] for i in range(12)]
+    run = go(*itertools.chain(*steps), N_max=12)
+    for role in ("planner", "verifier"):
+        told = run.asked(role)[-1]
+        assert told.count("Last frame of step") == 8 and "Last frame of step 11" in told
+
+
+def test_the_planner_is_told_the_clips_length():
+    """How many seconds of video its action has."""
+    run = go(plan(left=2), accept("partial"), plan(), accept(), seconds_next=0.5)
+    first, second = run.asked("planner")
+    assert "Clip length: 2 s" in first and "Clip length: 0.5 s" in second
+
+
+def test_the_verifier_judges_the_evolved_action():
+    """The action as it stands, with the plan's target state, and the clip. [D11]"""
+    run = go(plan("go right", target="at the door"), reject(suggestion="hop"), accept())
+    first, second = run.asked("verifier")
+    assert "Planned action: go right\nTarget state: at the door" in first
+    assert "Planned action: go right Correction: hop\nTarget state: at the door" in second
+    assert [numbers(clip) for clip in clips_of(run.seen("verifier")[1])] == [[2]]
+    assert (pictures_of(run.seen("verifier")[1])[0] == I0).all()
+
+
+def test_each_role_has_its_own_instructions():
+    """A prompt names every field of its schema, reasons before verdicts. [D12]"""
+    run = go(plan(), reject(), route("regen"), accept(), M=1)
+    told = {call["role"]: call["instructions"] for call in run.models.vlm.calls}
+    assert told == {"planner": c.PLANNER, "verifier": c.VERIFIER, "router": c.ROUTER}
+    for prompt, schema in ((c.PLANNER, c.Plan), (c.VERIFIER, c.Verification),
+                           (c.ROUTER, c.Routing)):
+        assert not [name for name in schema.model_fields if name not in prompt]
+    order = [*c.Verification.model_fields]
+    assert order[0] == "reason" and order[-1] == "verdict"
+    order = [*c.Routing.model_fields]
+    assert order.index("reason") < order.index("action")
+
+
+# ------------------------------------------------------------------------------
+# After M rejections: Algorithm 1 (replan), C.2 (best) or the router (A.5) [D3]
+
+
+def test_replan_is_algorithm_1_to_the_letter():
+    """Nothing joins, the frame stays, the next plan is told why."""
+    run = go(plan(left=2), reject(), reject(reason="a wall"), plan(), accept(),
+             M=2, on_exhausted="replan")
+    assert run.roles() == "pvvpv" and run.shown() == [3]
+    assert (run.given("frame")[2] == I0).all()
+    assert "Outcome: rejected, nothing was kept: a wall" in run.asked("planner")[1]
+
+
+def test_best_keeps_the_most_good_seconds():
+    """The latest of equals joins H, unverified, and the run goes on from its last frame."""
+    run = go(plan(left=2), reject(0.7), reject(0.7), reject(0.1), plan(), accept(),
+             on_exhausted="best")
+    assert run.shown() == [2, 4] and run.unverified == [1] and run.status == "complete"
+    assert (run.given("frame")[3] == 2).all()
+
+
+def test_the_next_plan_is_told_why_the_best_failed():
+    """And not why another attempt did."""
+    run = go(plan(left=2), reject(0.6, reason="too late"), reject(0.1, reason="astray"),
+             plan(), accept(), M=2, on_exhausted="best")
+    told = run.asked("planner")[1]
+    assert re.search("Outcome: rejected, kept.*: too late", told) and "astray" not in told
+
+
+def test_with_nothing_in_H_the_best_attempt_is_shown():
+    """A run that ends with an empty H returns what was paid for, marked so. [D4]"""
+    run = go(plan(), reject(0.2), plan(), reject(0.6), plan(), reject(0.3),
+             M=1, on_exhausted="replan")
+    assert run.status == "best_attempt" and run.shown() == [2] and run.unverified == [2]
+
+
+def test_the_best_attempt_has_the_most_good_seconds():
+    """0.5 of two seconds are more than 0.9 of one."""
+    run = go(plan(), reject(0.5), plan(), reject(0.9), M=1, N_max=2, on_exhausted="replan")
+    assert run.shown() == [1] and run.video.seconds == 2
+
+
+def test_only_the_best_rejected_clip_is_kept():
+    """Clips that can no longer be chosen are given up."""
+    held = []
+
+    class Watched(c.CollabVR):
+        def plan(self, I0, q, H, t):
+            held.append([attempt.d.good_fraction for attempt in H.rejected])
+            return super().plan(I0, q, H, t)
+
+    replies = []
+    for good in (0.1, 0.3, 0.2):
+        replies += [plan(), reject(good), reject(good), reject(good)]
+    models = c.Models(Painter(), Script(*replies))
+    result = Watched(models, c.Config(on_exhausted="replan")).run(I0, "q")
+    assert held == [[], [0.1], [0.3]]
+    assert numbers(result.video) == [6], "the latest of step 2"
+
+
+def test_regen_keeps_the_good_part_of_the_best():
+    """D.5: from the first failing frame, with the step's length; the joined clip is verified."""
+    run = go(plan(), reject(0.2), reject(0.5), reject(0.3), route("regen", "slower"), accept())
+    assert run.roles() == "pvvvrv" and run.status == "complete" and run.unverified == []
+    assert (run.given("frame")[3] == 2).all() and run.given("seconds")[3] == 2
+    (judged,) = clips_of(run.seen("verifier")[-1])
+    assert numbers(judged) == run.shown() == [2, 4]
+    assert len(judged.frames) == len(run.video.frames) == 4 + 1 + 8  # half of 8, and 8 new ones
+
+
+def test_regen_evolves_the_best_attempts_prompt():
+    """And the verifier judges that prompt."""
+    run = go(plan("go"), reject(0.2, "up"), reject(0.8, "down"), reject(0.3, "left"),
+             route("regen", "slower"), accept())
+    assert run.given("prompt")[3] == "go Correction: up Correction: slower"
+    assert "Planned action: go Correction: up Correction: slower\n" in run.asked("verifier")[-1]
+
+
+@pytest.mark.parametrize("good, T, k", [(0.29, 101, 29), (0.57, 101, 57), (1.0, 9, 8), (0, 9, 0)])
+def test_regen_starts_after_the_last_good_frame(good, T, k):
+    """k = floor(good_fraction (T - 1)): 0.29 of 100 frames are 29 frames, not 28."""
+    def vgm(frame, prompt, seconds, seed):
+        frames = np.repeat(frame[None], T, 0)
+        frames[1:] = np.arange(1, T)[:, None, None, None]
+        return c.Clip(frames, (T - 1) / seconds)
+
+    run = go(plan(), reject(good), route("regen"), accept(), M=1, vgm=vgm)
+    assert len(run.video.frames) == k + T
+    assert run.video.frames[: k + 1, 0, 0, 0].tolist() == [250, *range(1, k + 1)]
+
+
+@pytest.mark.parametrize("first, repaired, shown", [
+    (0.2, 0.9, [1, 2]), (0.5, 0.1, [1]), (0.6, 0.5, [1, 2])])
+def test_a_rejected_regen_keeps_the_best(first, repaired, shown):
+    """The most good seconds of the attempts and the repaired clip."""
+    run = go(plan(left=2), reject(first), route("regen"), reject(repaired), plan(), accept(), M=1)
+    assert run.unverified == [1] and run.shown() == [*shown, 3]
+
+
+def test_a_regen_can_go_on_or_complete_the_run():
+    """An accepted repair is a step like any other."""
+    run = go(plan(left=2), reject(), route("regen"), accept("partial"), plan(), accept(), M=1)
+    assert run.roles() == "pvrvpv" and run.unverified == [] and run.status == "complete"
+
+
+def test_split_hands_the_task_back_to_the_planner():
+    """A.5: the next plan gets diagnosis, advice and estimate; H and f do not change."""
+    run = go(plan("all of it"), reject(reason="too much"), route("split", "in two moves", 2),
+             plan("half"), accept(), M=1)
+    told = run.asked("planner")[1]
+    assert re.search("rejected, nothing was kept: too much.* Advice: in two moves .*2", told)
+    assert (run.given("frame")[1] == I0).all() and run.shown() == [2]
+
+
+def test_split_uses_the_verifiers_suggestion():
+    """When the router makes none."""
+    run = go(plan(), reject(suggestion="in halves"), route("split", " ", 2), plan(), accept(), M=1)
+    assert "Advice: in halves" in run.asked("planner")[1]
+
+
+def test_split_hands_on_the_reason():
+    """When neither router nor verifier suggests anything. [D5]"""
+    run = go(plan(), reject(suggestion="", reason="it jumps"), route("split", "", 2),
+             plan(), accept(), M=1)
+    assert "Advice: it jumps" in run.asked("planner")[1]
+
+
+def test_split_is_not_offered_at_the_last_step():
+    """No step is left to take it up; the router that says so nevertheless is asked again."""
+    run = go(plan(), reject(), route("split"), route("fallback"), M=1, N_max=1)
+    assert run.roles() == "pvrr" and run.status == "fallback"
+    first, second = run.asked("router")
+    assert "Allowed actions: regen, fallback" in first
+    assert "action: Input should be 'regen' or 'fallback'" in second
+
+
+def test_fallback_is_one_clip_for_the_whole_task():
+    """A.5: from I0, q and the suggestion, as long as step 1. It is the video, not verified."""
+    run = go(plan(left=2), accept(), plan(), reject(), route("fallback", "in one go"),
+             M=1, q="the task")
+    assert run.given("prompt")[-1] == "the task Correction: in one go"
+    assert (run.given("frame")[-1] == I0).all() and run.given("seconds")[-1] == 2
+    assert run.status == "fallback" and run.shown() == [3] and run.unverified == [2]
+
+
+@pytest.mark.parametrize("action, then", [("regen", [accept()]), ("fallback", [])])
+def test_a_silent_router_leaves_the_verifiers_word(action, then):
+    """Its suggestion is then the verifier's."""
+    run = go(plan(), reject(suggestion="go left"), route(action, " "), *then, M=1)
+    assert run.given("prompt")[1].endswith(" Correction: go left")
+
+
+def test_the_router_sees_the_best_failed_clip():
+    """With its action, its diagnosis, and the allowed routes. [D13]"""
+    run = go(plan(left=2), accept(), plan("go down"), reject(0.1, "hop"),
+             reject(0.6, "run", reason="late"), reject(0.3), route("fallback"))
+    (told,), (parts,) = run.asked("router"), run.seen("router")
+    assert "Last frame of step 1:" in told and "Planned action: go down Correction: hop\n" in told
+    assert "Reason: late\nSuggestion: run\nGood fraction: 0.60" in told
+    assert "Allowed actions: regen, split, fallback" in told
+    assert [numbers(clip) for clip in clips_of(parts)] == [[3]]
+
+
+@pytest.mark.parametrize("policy, replies", [
+    ("best", [plan(left=3), reject(), plan(left=2), reject(), plan(), reject()]),
+    ("route", [plan(left=3), reject(), route("regen"), reject(),
+               plan(left=2), reject(), route("regen"), reject(),
+               plan(), reject(), route("fallback")])])
+def test_no_clip_is_called_accepted_that_was_not(policy, replies):
+    """Neither in a prompt nor in an outcome."""
+    run = go(*replies, M=1, on_exhausted=policy)
+    told = [call["text"] for call in run.models.vlm.calls]
+    later = [text for text in told if "Last frame of step 1" in text]
+    assert later and all("Outcome: rejected, kept as the best one" in text for text in later)
+    assert not [text for text in told if "accepted" in text]
+
+
+# ------------------------------------------------------------------------------
+# Sec. 4: cost
+
+
+def test_seconds_of_all_clips_count():
+    """Rejected and routed ones, too, whether or not they are in the video."""
+    run = go(plan(left=2), reject(), reject(), reject(), route("regen"), reject(),
+             plan(), accept())
+    assert run.cost["clips"] == 5 and run.cost["vgm_seconds"] == 2 * 4 + 1
+    run = go(plan(left=2), accept(), plan(), reject(), route("fallback"), M=1)
+    assert run.cost["clips"] == 3 and run.cost["vgm_seconds"] == 2 + 1 + 2
+
+
+@pytest.mark.parametrize("count, replies", [
+    (0, [plan(), accept()]),
+    (0, [plan(left=2), accept(), plan(), accept()]),
+    (2, [plan(left=2), reject(), accept(), plan(), reject(), accept()]),
+    (3, [plan(), reject(), reject(), reject(), route("regen"), accept()]),
+    (2, [plan(), reject(), reject(), reject(), route("fallback")]),
+    (2, [plan(), reject(), reject(), reject(), route("split"), plan(), accept()]),
+])
+def test_regenerations_are_attempts_after_the_first(count, replies):
+    """As in Tables 10 and 12: within a step, and regen's clip. A fallback is none."""
+    assert go(*replies).cost["regenerations"] == count
+
+
+def test_calls_and_tokens_count_by_role():
+    """Replies that could not be used were paid for, too."""
+    cost = go(plan(), reject(), route("regen"), "?", accept(), M=1).cost
+    assert cost["calls"] == {"planner": 1, "vgm": 2, "verifier": 3, "router": 1}
+    assert cost["tokens_in"]["verifier"] == 300 and cost["tokens_out"]["router"] == 10
+    assert set(cost["wall_seconds"]) == set(cost["calls"])
+    assert min(cost["wall_seconds"].values()) >= 0 and cost["steps"] == 1
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"on_exhausted": "best"}, {"on_exhausted": "replan", "seconds_next": 3},
+    {"N_max": 1, "M": 1}, {"N_max": 4, "M": 2, "seconds_first": 1, "seconds_next": 2}])
+def test_the_worst_case_is_a_run_of_rejections(config):
+    """Clips, seconds and VLM calls, with the dearest routes."""
+    costs = []
+    for last in ("regen", "fallback"):
+        def router(parts, schema, last=last):
+            return route(last if schema is c.LastRouting else "regen")
+
+        vlm = by_role(lambda *_: plan(), lambda *_: reject(), router)
+        cost = go(vlm=vlm, **config).cost
+        calls = sum(cost["calls"].values()) - cost["calls"]["vgm"]
+        costs.append((cost["clips"], cost["vgm_seconds"], calls))
+    worst = c.Config(**{"seconds_first": 2, "seconds_next": 1, **config}).worst_case()
+    assert worst == tuple(map(max, *costs))
+
+
+@pytest.mark.parametrize("kind, wrong", [
+    (c.Config, {"n_max": 5}), (c.Config, {"attempts": 2}), (c.Config, {"N_max": 0}),
+    (c.Config, {"M": 0}), (c.Config, {"M": 1.5}), (c.Config, {"seconds_first": -1}),
+    (c.Config, {"seconds_next": math.nan}), (c.Config, {"seconds_first": math.inf}),
+    (c.Config, {"on_exhausted": "stop"}),
+    (c.OpenAIVLM, {"model": "m"}), (c.OpenAIVLM, {"verify_fps": 0}),
+    (c.OpenAIVLM, {"temperature": -1}), (c.OpenAIVLM, {"video_input": "video"}),
+    (c.Wan, {"fps": -1}), (c.Wan, {"steps": 3}), (c.Wan, {"offload": "auto"})])
+def test_wrong_settings_are_refused_in_python(kind, wrong):
+    """Misspelt or out of range, by name."""
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        kind(**wrong)
+
+
+# ------------------------------------------------------------------------------
+# Models: the one seam to both models
 
 
 @pytest.fixture
@@ -136,381 +691,194 @@ def unsynced(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-# -------------------------------------------------------------------------------- Algorithm 1
-
-
-def test_the_trace_of_figure_10_reject_evolve_accept_plan_again_accept():
-    result, vgm, vlm, _ = go(plan("go right", left=2), reject(suggestion="to the right, not up"),
-                             accept("partial"), plan("go down", left=1), accept())
-    assert vlm.roles() == "pvvpv"
-    assert [call["prompt"] for call in vgm.calls] == [
-        "go right", "go right Correction: to the right, not up", "go down"]
-    assert result.status == "complete" and result.unverified_steps == []
-    assert colours(result.video) == [2, 3]  # the rejected first clip is not in it
-    assert result.video.seconds == 3 and len(result.video.frames) == 3 * 4 + 1
-
-
-def test_figure_10_the_clip_that_follows_the_evolved_action_and_not_the_first_plan_is_accepted():
-    places = {"right of the last green book": 1, "first empty gap": 2}
-
-    def named_last(text):
-        return max(places, key=text.rfind)
-
-    def vgm(frame, prompt, seconds, seed):  # the first plan is beyond it
-        colour = places[named_last(prompt)]
-        return painted(frame, seconds, 9 if colour == 1 else colour)
-
-    def vlm(instructions, parts, schema):  # compares the clip with what it was told
-        if ROLE[schema.__name__] == "planner":
-            return said(plan("put the book right of the last green book", target="it stands"))
-        (told,) = (x for x in parts if isinstance(x, str) and x.startswith("Planned action: "))
-        shown = [x for x in parts if isinstance(x, c.Clip)][-1].frames[-1, 0, 0, 0]
-        right = shown == places[named_last(told)]
-        return said(accept() if right else reject(suggestion="put it into the first empty gap"))
-
-    result, *_, models = go(vgm=vgm, vlm=vlm, on_exhausted="replan")
-    assert result.status == "complete" and colours(result.video) == [2]
-    assert [x["role"] for x in models.calls] == ["planner", *["vgm", "verifier"] * 2]
-
-
-def test_every_attempt_of_a_step_starts_from_one_frame_and_the_next_step_from_the_accepted_last():
-    _, vgm, *_ = go(plan(left=2), reject(), accept(), plan(), accept())
-    first, second, third = (call["frame"] for call in vgm.calls)
-    assert (first == I0).all() and (second == I0).all() and (third == 2).all()
-
-
-def test_each_attempt_of_a_step_is_as_long_as_the_step():
-    _, vgm, *_ = go(plan(left=2), reject(), accept(), plan(), reject(), accept())
-    assert [call["seconds"] for call in vgm.calls] == [2, 2, 1, 1]
-
-
-def test_a_run_needs_between_1_and_9_clips_and_2_and_12_vlm_calls_without_the_router(unsynced):
-    seen, steps = set(), []
-    for seed in range(60):
-        rng = random.Random(seed)
-
-        def vlm(instructions, parts, schema, rng=rng, never=seed == 0):
-            if ROLE[schema.__name__] == "planner":
-                return said(plan(left=rng.choice([1, 2]),
-                                 done=schema.__name__ == "Plan" and rng.random() < 0.2))
-            return said(reject() if never else rng.choice(
-                [accept("complete"), accept("partial"), reject(), reject(), reject()]))
-
-        *_, models = go(vlm=vlm, on_exhausted=rng.choice(["replan", "best"]))
-        cost = models.cost()
-        assert "router" not in cost["calls"]
-        assert cost["clips"] == cost["steps"] + cost["regenerations"]
-        seen.add((cost["clips"], sum(cost["calls"].values()) - cost["calls"]["vgm"]))
-        steps.append(cost["steps"])
-    assert (min(n for n, _ in seen), max(n for n, _ in seen)) == (1, 9)
-    assert (min(n for _, n in seen), max(n for _, n in seen)) == (2, 12)
-    assert set(steps) == {1, 2, 3}
-
-
-def test_complete_needs_the_last_step_of_the_plan_and_complete_progress():
-    assert go(plan(left=1), accept("complete"))[0].status == "complete"
-    result, _, vlm, _ = go(plan(left=2), accept("complete"), plan(left=1), accept("partial"),
-                           plan(left=1), accept())
-    assert vlm.roles() == "pvpvpv" and result.status == "complete"
-
-
-def test_the_step_cap_ends_a_run_that_is_not_complete():
-    result, vgm, *_ = go(*[plan(left=1), accept("partial")] * 3)
-    assert result.status == "step_cap" and len(vgm.calls) == 3
-
-
-def test_at_the_last_allowed_step_a_plan_that_sees_more_steps_left_ends_as_step_cap():
-    result, *_ = go(*[plan(left=2), accept()] * 3)
-    assert result.status == "step_cap" and result.unverified_steps == []
-    assert go(plan(left=5), accept(), N_max=1)[0].status == "step_cap"
-
-
-def test_the_planner_may_end_the_run_but_not_before_a_clip_joined():
-    result, vgm, *_ = go(plan(left=2), accept("partial"), plan("", done=True))
-    assert result.status == "complete" and len(vgm.calls) == 1
-    result, vgm, vlm, _ = go(plan("then move", done=True), plan("move"), accept())
-    assert vlm.roles() == "ppv" and [call["prompt"] for call in vgm.calls] == ["move"]
-
-
-def test_the_schema_rules_out_task_complete_before_a_first_clip_and_split_at_the_last_step():
-    first, later = (x.model_json_schema()["properties"]["task_complete"]
-                    for x in (c.CollabVR.FirstPlan, c.CollabVR.Plan))
-    assert first["const"] is False and later["type"] == "boolean" and "const" not in later
-    early, last = (x.model_json_schema()["properties"]["action"]["enum"]
-                   for x in (c.CollabVR.Routing, c.CollabVR.LastRouting))
-    assert set(early) == {"regen", "split", "fallback"} and set(last) == {"regen", "fallback"}
-    _, _, vlm, _ = go(plan(left=2), reject(), route("split"), plan(left=2), accept(),
-                      plan(), reject(), route("fallback"), M=1)
-    assert [call["schema"] for call in vlm.calls if call["role"] != "verifier"] == [
-        "FirstPlan", "Routing", "FirstPlan", "Plan", "LastRouting"]
-
-
-@pytest.mark.parametrize("empty", [plan(instruction=" "), plan(target="")])
-def test_a_plan_without_an_action_or_its_target_state_is_asked_for_again(empty):
-    _, vgm, _, models = go(empty, plan(), accept())
-    assert models.cost()["calls"]["planner"] == 2 and vgm.calls[0]["prompt"] == "move it"
-
-
-def test_every_clip_has_a_seed_of_its_own():
-    _, vgm, *_ = go(plan(left=2), reject(), accept(), plan(), accept(), seed=40)
-    assert [call["seed"] for call in vgm.calls] == [40, 41, 42]
-
-
-# ------------------------------------------------------------- what the roles see, and evolve
-
-
-def test_evolve_accumulates_and_falls_back_on_the_reason():
-    _, vgm, *_ = go(plan("go"), reject(suggestion=" ", reason="it fell"),
-                    reject(suggestion="go up"), accept())
-    assert vgm.calls[2]["prompt"] == "go Correction: it fell Correction: go up"
-
-
-def test_the_verifier_judges_the_action_as_it_stands_evolved_with_the_plans_target_state():
-    _, _, vlm, _ = go(plan("go right", target="at the door"), reject(suggestion="hop"), accept())
-    first, second = vlm.calls[1]["text"], vlm.calls[2]["text"]
-    assert "Planned action: go right\nTarget state: at the door" in first and "hop" not in first
-    assert "Planned action: go right Correction: hop\nTarget state: at the door" in second
-
-
-def test_the_planner_sees_the_input_the_joined_clips_last_frames_and_what_came_of_each_step():
-    _, _, vlm, _ = go(plan("one", left=3), accept("partial"), plan("two", left=2),
-                      reject(reason="it fell"), reject(), reject(reason="no door"),
-                      plan("three"), accept(), on_exhausted="replan")
-    first, last = vlm.calls[0], vlm.calls[-2]
-    assert "Steps so far:\nnone" in first["text"] and "Step: 1 of at most 3" in first["text"]
-    assert [p.shape for p in last["parts"] if not isinstance(p, str)] == [I0.shape] * 2
-    assert "one Outcome: accepted, progress partial" in last["text"]
-    assert re.search("two.* Outcome: rejected, nothing was kept: no door", last["text"])
-    assert "last allowed step" in last["text"] and "last allowed step" not in first["text"]
-
-
-def test_the_planner_is_told_how_many_seconds_its_clip_will_show():
-    _, _, vlm, _ = go(plan(left=2), accept("partial"), plan(), accept(), seconds_next=0.5)
-    told = [call["text"] for call in vlm.calls if call["role"] == "planner"]
-    assert "Clip length: 2 s" in told[0] and "Clip length: 0.5 s" in told[1]
-
-
-@pytest.mark.parametrize("replies", [
-    [plan(left=3), reject(), plan(left=2), reject(), plan(), reject()],
-    [plan(left=3), reject(), route("regen"), reject(), plan(left=2), reject(), route("regen"),
-     reject(), plan(), reject(), route("fallback")]])
-def test_no_prompt_calls_a_clip_accepted_that_never_was(replies):
-    kept = "route" if len(replies) > 6 else "best"
-    _, _, vlm, _ = go(*replies, M=1, on_exhausted=kept)
-    later = [call["text"] for call in vlm.calls if "Last frame of step 1" in call["text"]]
-    assert later and all(re.search("Outcome: rejected, kept.*: it went", x) for x in later)
-    assert not [x for x in vlm.calls if "accepted" in x["instructions"] + x["text"]]
-
-
-def test_no_role_sees_more_than_the_newest_eight_clips():
-    replies = [x for i in range(12) for x in (plan(str(i), left=2), accept("partial"))]
-    _, _, vlm, _ = go(*replies, N_max=12)
-    for call in vlm.calls[-2:]:
-        frames = [p for p in call["parts"] if isinstance(p, str) and "Last frame of" in p]
-        assert len(frames) == 8 and "step 11" in frames[-1]
-
-
-# ------------------------------------------------------------------ when a step is exhausted
-
-
-def test_of_a_router_without_a_suggestion_the_verifiers_counts():
-    for action in ("regen", "fallback"):
-        then = [accept()] * (action == "regen")
-        _, vgm, *_ = go(plan(), reject(suggestion="go left"), route(action, " "), *then, M=1)
-        assert vgm.calls[1]["prompt"].endswith(" Correction: go left")
-
-
-def test_replan_is_algorithm_1_to_the_letter_nothing_joins_and_the_frame_stays():
-    result, vgm, *_ = go(plan(left=2), reject(), reject(), plan(), accept(),
-                         M=2, on_exhausted="replan")
-    assert (vgm.calls[2]["frame"] == I0).all() and colours(result.video) == [3]
-
-
-def test_best_joins_the_attempt_with_the_most_good_seconds_the_latest_of_equals():
-    result, vgm, *_ = go(plan(left=2), reject(0.7), reject(0.7), reject(0.1), plan(), accept(),
-                         on_exhausted="best")
-    assert colours(result.video) == [2, 4] and result.unverified_steps == [1]
-    assert (vgm.calls[3]["frame"] == 2).all()
-
-
-def test_a_run_that_accepts_nothing_returns_the_attempt_with_the_most_good_seconds_marked_so():
-    replies = [plan(), reject(0.2), plan(), reject(0.6), plan(), reject(0.3)]
-    result, *_ = go(*replies, M=1, on_exhausted="replan")
-    assert result.status == "best_attempt" and colours(result.video) == [2]
-    assert result.unverified_steps == [2]
-    replies = [plan(), reject(0.5), plan(), reject(0.9)]  # 0.5 of 2 s are more than 0.9 of 1 s
-    result, *_ = go(*replies, M=1, N_max=2, on_exhausted="replan")
-    assert colours(result.video) == [1] and result.video.seconds == 2
-
-
-def test_route_regen_keeps_the_good_part_of_the_best_attempt_and_verifies_the_joined_clip():
-    result, vgm, vlm, models = go(plan(), reject(0.2), reject(0.5), reject(0.3),
-                                  route("regen", "slower"), accept())
-    assert vlm.roles() == "pvvvrv" and len(vgm.calls) == 4
-    assert (vgm.calls[3]["frame"] == 2).all() and vgm.calls[3]["seconds"] == 2
-    k = int(0.5 * 8)
-    (judged,) = (x for x in vlm.calls[-1]["parts"] if isinstance(x, c.Clip))
-    assert colours(judged) == colours(result.video) == [2, 4]
-    assert len(judged.frames) == len(result.video.frames) == k + 1 + 8
-    assert result.status == "complete" and result.unverified_steps == []
-    assert models.cost()["vgm_seconds"] == 8 and models.cost()["regenerations"] == 3
-
-
-def test_route_regen_repairs_the_best_attempt_with_that_attempts_prompt():
-    _, vgm, vlm, _ = go(plan("go"), reject(0.2, "up"), reject(0.8, "down"), reject(0.3, "left"),
-                        route("regen", "slower"), accept())
-    assert vgm.calls[3]["prompt"] == "go Correction: up Correction: slower"
-    assert "Planned action: go Correction: up Correction: slower\n" in vlm.calls[-1]["text"]
-
-
-def test_route_regen_that_is_rejected_goes_on_with_the_most_good_seconds():
-    for first, second, kept in [  # of 2 s, and of 2 s more than the good part of those
-            (0.2, 0.9, [1, 2]), (0.5, 0.1, [1]), (0.6, 0.5, [1, 2])]:
-        result, *_ = go(plan(left=2), reject(first), route("regen"), reject(second),
-                        plan(), accept(), M=1)
-        assert result.unverified_steps == [1] and colours(result.video) == [*kept, 3]
-
-
-def test_the_router_sees_what_came_of_the_steps_what_was_planned_and_the_best_failed_clip():
-    _, _, vlm, _ = go(plan(left=2), accept(), plan("go down"), reject(0.1, "hop"),
-                      reject(0.6, "run", reason="late"), reject(0.3), route("fallback"))
-    text = vlm.calls[-1]["text"]
-    assert "Last frame of step 1:" in text and "Planned action: go down Correction: hop\n" in text
-    assert "Reason: late\nSuggestion: run\nGood fraction: 0.60" in text
-    (clip,) = (x for x in vlm.calls[-1]["parts"] if isinstance(x, c.Clip))
-    assert colours(clip) == [3]
-
-
-def test_the_next_plan_is_told_why_the_attempt_that_was_kept_was_rejected():
-    _, _, vlm, _ = go(plan(left=2), reject(0.6, reason="too late"), reject(0.1, reason="astray"),
-                      plan(), accept(), M=2, on_exhausted="best")
-    assert re.search("Outcome: rejected, kept.*: too late", vlm.calls[3]["text"])
-    assert "astray" not in vlm.calls[3]["text"]
-
-
-def test_route_split_tells_the_next_plan_and_changes_nothing_else():
-    result, vgm, vlm, _ = go(plan("all of it"), reject(reason="too much"),
-                             route("split", "in two moves", 2), plan("half"), accept(), M=1)
-    told = "Outcome: rejected, nothing was kept: too much.* Advice: in two moves .*2"
-    assert re.search(told, vlm.calls[3]["text"])
-    assert (vgm.calls[1]["frame"] == I0).all() and colours(result.video) == [2]
-
-
-def test_route_split_is_not_offered_at_the_last_step_and_not_accepted_there():
-    _, _, vlm, _ = go(plan(), reject(), route("split"), route("fallback"), M=1, N_max=1)
-    assert "Allowed actions: regen, fallback" in vlm.calls[2]["text"]
-    assert "could not be used: action: Input should be 'regen' or 'fallback'" in (
-        vlm.calls[3]["text"])
-
-
-def test_route_fallback_is_one_unverified_clip_of_the_task_from_the_input_with_the_suggestion():
-    result, vgm, *_ = go(plan(left=2), accept(), plan(), reject(), route("fallback", "in one go"),
-                         M=1, q="the task")
-    assert vgm.calls[-1]["prompt"] == "the task Correction: in one go"
-    assert (vgm.calls[-1]["frame"] == I0).all()
-    assert vgm.calls[-1]["seconds"] == 2 and colours(result.video) == [3]
-    assert result.status == "fallback" and result.unverified_steps == [2]
-
-
-@pytest.mark.parametrize("config", [
-    {}, {"on_exhausted": "best"}, {"on_exhausted": "replan", "seconds_next": 3},
-    {"N_max": 1, "M": 1}, {"N_max": 4, "M": 2, "seconds_first": 1, "seconds_next": 2}])
-def test_the_worst_case_is_what_a_run_of_rejections_costs(config):
-    costs = []
-    for last in ("regen", "fallback"):
-        def vlm(instructions, parts, schema, last=last):
-            if ROLE[schema.__name__] == "planner":
-                return said(plan())
-            if ROLE[schema.__name__] == "verifier":
-                return said(reject())
-            return said(route(last if schema.__name__ == "LastRouting" else "regen"))
-
-        *_, models = go(vlm=vlm, **config)
-        cost = models.cost()
-        costs.append((cost["clips"], cost["vgm_seconds"],
-                      sum(cost["calls"].values()) - cost["calls"]["vgm"]))
-    worst = c.Config(**{"seconds_first": 2, "seconds_next": 1} | config).worst_case()
-    assert worst == tuple(map(max, *costs))
-
-
-@pytest.mark.parametrize("kind, wrong", [
-    *((c.Config, x) for x in [
-        {"n_max": 5}, {"attempts": 2}, {"N_max": 0}, {"M": 0}, {"M": 1.5}, {"seconds_first": -1},
-        {"seconds_next": float("nan")}, {"seconds_first": float("inf")}, {"on_exhausted": "stop"}]),
-    *((c.OpenAIVLM, x) for x in [{"model": "m"}, {"verify_fps": 0}, {"temperature": -1}]),
-    *((c.Wan, x) for x in [{"fps": -1}, {"steps": 3}, {"offload": "all"}])])
-def test_settings_that_are_misspelt_or_out_of_range_are_refused_in_python_too(kind, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        kind(**wrong)
-
-
-# --------------------------------------------------------------------------- replies of the VLM
-
-BAD_REPLIES = {
-    "missing": "", "prose": "Accept.", "cut off": '{"reason": "as pl', "an empty list": "[]",
-    "null": "null", "markup": "<html>busy</html>",
-    "wrong type": accept() | {"good_fraction": "1.0"},
-    "fraction out of range": accept() | {"good_fraction": 1.7},
-    "not a number": accept() | {"good_fraction": float("nan")},
-    "another verdict": accept() | {"verdict": "Accept."}, "maybe": accept() | {"verdict": "maybe"},
-    "a field missing": {k: v for k, v in accept().items() if k != "reason"},
-    "a field too many": accept() | {"note": 1},
-    "two verdicts": json.dumps(accept())[:-1] + ', "verdict": "accept"}',
-    "two objects": json.dumps(accept()) * 2,
-    "only thought": f"<think>{json.dumps(accept())}</think>",
-    "still thinking": f"<think>maybe {json.dumps(accept())} but no, it fell",
-    "a list of one": f"[{json.dumps(accept())}]", "a list": f'["so", {json.dumps(accept())}]',
-    "a fenced list": f'\n```json\n[1, {json.dumps(accept())}]```',
-    "thought over": f"{json.dumps(accept())}</think>no",
-    "confidence in numbers": accept() | {"confidence": 0.9},
-    "accepted though not executed": accept(executed=False),
-    "accepted without progress": accept("none"), "half a character": '{"reason": "\\ud83d"}',
-    "deep": "[" * 50_000, "deep objects": '{"reason":' * 20_000 + "1" + "}" * 20_000,
-    "long": json.dumps(accept() | {"reason": "x" * 200_000}),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REPLIES)
-def test_a_reply_that_does_not_fit_is_asked_for_again_and_never_an_accept(name):
-    bad = BAD_REPLIES[name]
-    bad = bad if isinstance(bad, str) else json.dumps(bad)
-    _, vgm, vlm, models = go(plan(), bad, reject(), accept())
-    assert len(vgm.calls) == 2 and "could not be used" in vlm.calls[2]["text"]
-    assert models.cost()["calls"] == {"planner": 1, "vgm": 2, "verifier": 3}
-    with pytest.raises(c.Problem, match="verifier gave no usable reply") as stopped:
-        go(plan(), bad, bad, bad)
-    assert repr(bad[:99])[:-1] in str(stopped.value)  # the raw reply, so that one can see
-
-
-def test_an_accept_that_contradicts_itself_is_told_so():
-    for wrong in (accept(executed=False), accept("none")):
-        _, _, vlm, _ = go(plan(), wrong, accept())
-        assert "an accept needs action_executed true and progress not none" in (
-            vlm.calls[2]["text"])
-
-
-@pytest.mark.parametrize("fault", ["finish_reason length", "finish_reason content_filter",
-                                   "I cannot help with that"])
-def test_a_reply_that_was_cut_off_or_refused_is_not_used_even_if_it_parses(fault):
-    def vlm(instructions, parts, schema):
-        if ROLE[schema.__name__] == "planner":
-            return said(plan())
-        return said(accept(), fault=fault)
-
-    with pytest.raises(c.Problem, match=fault):
-        go(vlm=vlm)
-
-
-@pytest.mark.parametrize("wrapped", [
-    "```json\nREPLY\n```", "```\nREPLY```", "Sure, here it is: REPLY Good luck!",
-    "<think>It is {so}, or is it?</think>\nREPLY", "<think>a</think>{}</think>```REPLY```",
-    "half a thought, then</think>Here: REPLY\n", "After [step 1] comes: REPLY"])
-def test_thinking_tags_fences_and_a_sentence_around_a_reply_do_no_harm(wrapped):
-    result, _, vlm, _ = go(*(wrapped.replace("REPLY", json.dumps(x)) for x in (plan(), accept())))
-    assert result.status == "complete" and vlm.roles() == "pv"
-
-
-def test_each_model_is_announced_before_it_is_waited_for_and_what_it_said_after(caplog):
+def test_models_in_memory_write_no_file(tmp_path, monkeypatch):
+    """The paper's part needs no folder."""
+    monkeypatch.chdir(tmp_path)
+    go(plan(), accept())
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_call_is_in_the_trace_in_order():
+    """A Call says what was asked of the generator, or what the VLM replied."""
+    run = go(plan("go", left=1), reject(), accept())
+    calls = run.models.calls
+    assert [call.role for call in calls] == ["planner", "vgm", "verifier", "vgm", "verifier"]
+    first, second = calls[1], calls[3]
+    assert (first.prompt, first.seed, first.j, first.seconds) == ("go", 0, 1, 2)
+    assert (second.seed, second.j, second.size) == (1, 2, (32, 48, 4))
+    assert calls[0].reply["instruction"] == "go" and calls[0].model == "script-1"
+    assert calls[2].tokens_in == 100 and calls[2].fault is None and calls[2].error is None
+
+
+def test_a_failed_generation_costs_no_attempt():
+    """It is tried once more with the next seed, and counted."""
+    run = go(plan(), reject(), accept(), vgm=Painter(fail=[1, 3]), M=2)
+    assert run.given("seed") == [0, 1, 2, 3]
+    assert (run.cost["generator_errors"], run.cost["clips"], run.cost["vgm_seconds"]) == (2, 2, 4)
+    made = [call for call in run.models.calls if call.role == "vgm"]
+    assert ["no more memory" in (call.error or "") for call in made] == [True, False] * 2
+    assert [call.j for call in made] == [1, 1, 2, 2] and run.cost["regenerations"] == 1
+    assert all(call.wall_seconds >= 0 for call in made)
+
+
+def test_a_second_failure_in_a_row_ends_the_run(caplog):
+    """With its reason; the traceback is in the log."""
+    with pytest.raises(c.Problem, match="failed twice in a row .*no more memory"):
+        go(plan(), vgm=Painter(fail=[1, 2]))
+    assert caplog.text.count("Traceback") == 2
+
+
+def test_a_problem_of_a_generator_ends_the_run():
+    """It says that no further try can help."""
+    def vgm(*request):
+        raise c.Problem("The generator is not there.")
+
+    with pytest.raises(c.Problem, match="is not there"):
+        go(plan(), vgm=vgm)
+
+
+def test_a_failed_seed_is_replaced_by_a_fresh_one():
+    """Baselines give seeds; no other candidate has the one that stands in."""
+    vgm = Painter(fail=[2])
+    models = c.Models(vgm, None)
+    for seed in (1, 2, 3, 4):
+        models.generate(I0, "q", 2, seed=seed)
+    first, failed, instead, *others = [call["seed"] for call in vgm.calls]
+    assert [first, failed, *others] == [1, 2, 3, 4] and not 0 <= instead <= 100
+    assert models.cost()["clips"] == 4 and models.cost()["generator_errors"] == 1
+
+
+@pytest.mark.parametrize("frames", [
+    np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8), np.uint8), np.zeros((5, 8, 8, 3)), None,
+    np.full((5, 8, 8, 3), math.nan), np.zeros((5, 8, 8, 4), np.uint8),
+    np.zeros((5, 0, 8, 3), np.uint8)])
+def test_a_clip_that_is_none_is_a_failure(frames):
+    """Frames are uint8 RGB (T, H, W, 3), and more than one."""
+    with pytest.raises(c.Problem, match="failed twice"):
+        go(plan(), vgm=lambda *_: c.Clip(frames, 8))
+
+
+@pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, 1e6, "fast"])
+def test_a_clip_of_no_sensible_rate_is_a_failure(fps):
+    """What cannot be saved is known when the clip is made, not at the end."""
+    with pytest.raises(c.Problem, match="failed twice"):
+        go(plan(), vgm=lambda frame, *_: c.Clip(np.repeat(frame[None], 33, 0), fps))
+
+
+def test_a_clip_that_is_too_short_is_a_failure():
+    """Fewer than half the seconds asked for."""
+    with pytest.raises(c.Problem, match="2 s of new video were asked for, not 0.75 s"):
+        go(plan(), vgm=lambda frame, *_: painted(frame, 0.75, 1))
+    assert go(plan(), accept(), vgm=lambda frame, *_: painted(frame, 1, 1)).video.seconds == 1
+
+
+@pytest.mark.parametrize("made", [np.zeros((9, 32, 48, 3), np.uint8), None, [1, 2]])
+def test_what_is_no_clip_is_told_so(made):
+    """An array, or nothing, in place of a Clip."""
+    with pytest.raises(c.Problem, match="a generator returns a Clip"):
+        go(plan(), vgm=lambda *_: made)
+
+
+@pytest.mark.parametrize("size, fps", [((40, 48), 4), ((32, 48), 8)])
+def test_a_clip_that_cannot_join_is_a_failure(size, fps):
+    """Another size or rate than the first clip's."""
+    made = iter([((32, 48), 4), (size, fps), (size, fps)])
+
+    def vgm(frame, prompt, seconds, seed):
+        (height, width), rate = next(made)
+        return c.Clip(np.zeros((9, height, width, 3), np.uint8), rate)
+
+    with pytest.raises(c.Problem, match="failed twice in a row .*differs from"):
+        go(plan(left=2), accept(), plan(), vgm=vgm)
+
+
+@pytest.mark.parametrize("fps", [np.float32(29.97), Fraction(8), np.int64(8)])
+def test_any_number_is_a_rate(fps):
+    """Frames a second as numpy or Python has them."""
+    models = c.Models(lambda frame, *_: c.Clip(np.repeat(frame[None], 9, 0), fps), None)
+    clip = models.generate(I0, "p", 0.25)
+    assert clip.fps == float(fps) and json.dumps(models.calls[0].model_dump())
+
+
+def test_a_generator_may_use_one_buffer(tmp_path):
+    """Clips are copied."""
+    buffer = np.zeros((5, *I0.shape), np.uint8)
+
+    def vgm(frame, prompt, seconds, seed):
+        buffer[:] = frame
+        buffer[1:] = 100 + seed
+        return c.Clip(buffer, 4)
+
+    script = [plan(left=2), accept("partial"), plan(), accept()]
+    run = go(*script, vgm=vgm, folder=tmp_path)
+    assert run.shown() == [100, 101]
+    assert (go(vgm=vgm, folder=tmp_path).video.frames == run.video.frames).all()
+
+
+def test_a_generator_may_write_into_its_frame():
+    """Neither the input nor the video suffers."""
+    def vgm(frame, prompt, seconds, seed):
+        frames = np.repeat(frame[None], 5, 0)
+        frames[1:] = 100 + seed
+        frame[:] = 0
+        return c.Clip(frames, 4)
+
+    picture = I0.copy()
+    models = c.Models(vgm, Script(plan(left=2), accept("partial"), plan(), accept()))
+    result = c.CollabVR(models, c.Config(seconds_first=1, seconds_next=1)).run(picture, "q")
+    assert (picture == I0).all()
+    assert result.video.frames[:, 0, 0, 0].tolist() == [250] + [100] * 4 + [101] * 4
+
+
+@pytest.mark.parametrize("picture", [Image.fromarray(I0).convert("L"), I0 / 255, I0[..., 0],
+                                     "x.png", None, np.zeros((0, 4, 3), np.uint8)])
+def test_a_picture_is_a_uint8_rgb_array(picture):
+    """Anything else gets a sentence before it costs something."""
+    vlm = Script(plan(), accept())
+    with pytest.raises(c.Problem, match="a uint8 RGB array"):
+        c.CollabVR(c.Models(Painter(), vlm)).run(picture, "q")
+    assert not vlm.calls
+
+
+def test_models_serve_one_run(tmp_path):
+    """A second one is refused in a sentence, in memory and with a folder."""
+    for folder in (None, tmp_path):
+        models = go(plan(), accept(), folder=folder).models
+        with pytest.raises(c.Problem, match="make new ones for the next"):
+            c.CollabVR(models).run(I0, "another task")
+        assert len(models.calls) == 3
+
+
+def test_memory_grows_by_the_joined_frames(tmp_path, unsynced):
+    """Over 200 steps; and a step costs as much at the end as at the beginning."""
+    steps, marks = 200, []
+
+    def planner(parts, schema):
+        marks.append((time.process_time(), tracemalloc.get_traced_memory()[0]))
+        return plan(left=2)
+
+    frame = np.zeros((64, 64, 3), np.uint8)
+    vlm = by_role(planner, lambda *_: accept("partial"))
+    vgm = functools.partial(painted_by_number, counter=itertools.count(1))
+    models = c.RecordedModels(vgm, vlm, tmp_path)
+    tracemalloc.start()
+    try:
+        c.CollabVR(models, c.Config(N_max=steps, seconds_first=4, seconds_next=4)).run(frame, "q")
+    finally:
+        tracemalloc.stop()
+    assert models.cost()["clips"] == steps and len(marks) == steps
+    clip = 17 * 64 * 64 * 3
+    assert marks[-1][1] - marks[50][1] < 1.2 * clip * (steps - 51)
+    early, late = (marks[end][0] - marks[begin][0] for begin, end in ((20, 80), (139, 199)))
+    assert late < 1.5 * early + 0.2
+
+
+def painted_by_number(frame, prompt, seconds, seed, counter):
+    return painted(frame, seconds, next(counter))
+
+
+def test_the_log_tells_waits_and_replies(caplog):
+    """Each model is announced before it is waited for, and what it said is told after."""
     caplog.set_level("INFO", "collabvr")
     before = []
 
@@ -520,147 +888,255 @@ def test_each_model_is_announced_before_it_is_waited_for_and_what_it_said_after(
             return super().__call__(*request)
 
     go(vlm=Watched(plan(left=2), reject(reason="too far"), "?", accept(), plan(), accept()))
-    assert [re.fullmatch(r"step (\d): (\w+): waiting", x).groups() for x in before] == [
-        ("1", "planner"), *[("1", "verifier")] * 3, ("2", "planner"), ("2", "verifier")]
-    assert "reason: too far" in caplog.text and caplog.text.count("vgm: waiting") == 3
+    waits = [re.fullmatch(r"step (\d): (\w+): waiting", line).groups() for line in before]
+    assert waits == [("1", "planner"), *[("1", "verifier")] * 3, ("2", "planner"),
+                     ("2", "verifier")]
+    assert "reason: too far" in caplog.text and "fault: " in caplog.text
+    assert caplog.messages.count("step 1: vgm: attempt 2, seed 1: waiting") == 1
 
 
-# ----------------------------------------------------------------------------------------- cost
+# ------------------------------------------------------------------------------
+# Replies: lenient where no reject can become an accept, strict in all else [D9]
 
 
-def test_cost_counts_rejected_and_routed_clips_in_seconds_and_calls_by_role():
-    *_, models = go(plan(left=2), reject(), reject(), reject(), route("regen"), reject(),
-                    plan(), "?", accept())
-    cost = models.cost()
-    assert (cost["clips"], cost["steps"], cost["regenerations"]) == (5, 2, 3)
-    assert cost["vgm_seconds"] == 2 * 4 + 1 and cost["generator_errors"] == 0
-    assert cost["calls"] == {"planner": 2, "vgm": 5, "verifier": 6, "router": 1}
-    assert cost["tokens_in"]["verifier"] == 600 and cost["tokens_out"]["router"] == 10
-    assert set(cost["wall_seconds"]) == set(cost["calls"])
-    assert all(seconds >= 0 for seconds in cost["wall_seconds"].values())
-    assert {x["model"] for x in models.calls if x["role"] != "vgm"} == {"script-1"}
+ACCEPT = json.dumps(accept())
+REJECT = json.dumps(reject())
+
+UNUSABLE = {
+    "nothing": "", "prose": "Accept.", "null": "null", "markup": "<html>busy</html>",
+    "cut off": ACCEPT[:-20], "half a character": '{"reason": "\\ud83d"}',
+    "another verdict": {**accept(), "verdict": "Accept."}, "maybe": {**accept(), "verdict": "maybe"},
+    "no verdict": without(accept(), "verdict"), "null verdict": {**accept(), "verdict": None},
+    "no action_executed": without(accept(), "action_executed"),
+    "no progress": without(accept(), "progress"), "no reason": without(accept(), "reason"),
+    "a reject without good_fraction": without(reject(), "good_fraction"),
+    "a field too many": {**accept(), "note": 1},
+    "a wrong type": {**accept(), "action_executed": "perhaps"},
+    "a fraction out of range": {**accept(), "good_fraction": 1.7},
+    "no number": {**accept(), "good_fraction": math.nan},
+    "accepted though not executed": accept(executed=False),
+    "accepted without progress": accept("none"),
+    "a verdict twice": ACCEPT[:-1] + ', "verdict": "accept"}',
+    "two verdicts": ACCEPT[:-1] + ', "verdict": "reject"}',
+    "two objects": ACCEPT + REJECT, "two objects in words": f"{ACCEPT} or {REJECT}",
+    "far apart": ACCEPT + " " * 100_000 + REJECT,
+    "far apart in a fence": f"```json\n{ACCEPT}{' ' * 100_000}{REJECT}\n```",
+    "an empty list": "[]", "a list of one": f"[{ACCEPT}]", "a list": f'["so", {ACCEPT}]',
+    "a list in words": f"Here: [{ACCEPT}]", "a fenced list": f"\n```json\n[1, {ACCEPT}]```",
+    "only a thought": f"<think>{ACCEPT}</think>",
+    "an unfinished thought": f"<think>maybe {ACCEPT} but no, it fell",
+    "an unfinished thought of any name": f"<reasoning>maybe {ACCEPT} but no, it fell",
+    "a thought that goes on": f"{ACCEPT}<think>but no, it fell",
+    "a thought that ends later": f"{ACCEPT}</think>no",
+    "deep lists": "[" * 50_000, "deep objects": '{"reason":' * 20_000 + "1" + "}" * 20_000,
+}
 
 
-def test_a_failed_generation_is_tried_once_more_with_the_next_seed_and_costs_no_attempt():
-    *_, vgm, _, models = go(plan(), reject(), accept(), vgm=Painter(fail=[1, 3]), M=2)
-    assert [call["seed"] for call in vgm.calls] == [0, 1, 2, 3]
-    cost = models.cost()
-    assert (cost["generator_errors"], cost["clips"], cost["vgm_seconds"]) == (2, 2, 4)
-    assert ["error" if "error" in x else "clip" for x in models.calls if x["role"] == "vgm"] == [
-        "error", "clip", "error", "clip"]
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unusable_reply_is_never_an_accept(name):
+    """The VLM is asked again, with its own reply and what is wrong with it."""
+    bad = UNUSABLE[name] if isinstance(UNUSABLE[name], str) else json.dumps(UNUSABLE[name])
+    run = go(plan(), bad, reject(), accept())
+    assert run.roles() == "pvvv" and len(run.given("seed")) == 2
+    again = run.asked("verifier")[1]
+    if bad:
+        assert f"Your last reply was: {bad[:4000]}" in again and "could not be used: " in again
 
 
-def test_a_second_failure_in_a_row_stops_the_run():
-    with pytest.raises(c.Problem, match="failed twice in a row .*out of memory"):
-        go(plan(), vgm=Painter(fail=[1, 2]))
+def test_three_unusable_replies_end_the_run():
+    """With the reply in the sentence, so that one can see it."""
+    with pytest.raises(c.Problem, match="verifier gave no usable reply .*'Accept.'"):
+        go(plan(), "Accept.", "Accept.", "Accept.")
 
 
-def test_a_given_seed_that_failed_is_replaced_by_one_that_no_other_candidate_has():
-    models = c.Models(vgm := Painter(fail=[2]), None)
-    for seed in (1, 2, 3, 4):
-        models.generate(I0, "q", 2, seed=seed)
-    one, failed, instead, *others = [call["seed"] for call in vgm.calls]
-    assert [one, failed, *others] == [1, 2, 3, 4] and not 0 <= instead <= 100
-    assert models.cost()["clips"] == 4 and models.cost()["generator_errors"] == 1
+def test_all_faults_are_told_at_once():
+    """With the reply that had them."""
+    bad = {**without(reject(), "verdict"), "progress": "much", "good_fraction": 2, "note": 1}
+    again = go(plan(), bad, accept()).asked("verifier")[1]
+    assert f"Your last reply was: {json.dumps(bad)}" in again
+    for name in ("verdict", "progress", "good_fraction", "note"):
+        assert re.search(f"could not be used: .*{name}: ", again), name
+    assert "errors.pydantic.dev" not in again and "Value error" not in again
 
 
-@pytest.mark.parametrize("frames", [
-    np.zeros((1, 8, 8, 3), np.uint8), np.zeros((5, 8, 8), np.uint8), np.zeros((5, 8, 8, 3)), None,
-    np.full((5, 8, 8, 3), np.nan), np.zeros((5, 8, 8, 4), np.uint8)])
-def test_a_clip_that_breaks_the_contract_is_a_failed_generation(frames):
-    with pytest.raises(c.Problem, match="failed twice"):
-        go(plan(), vgm=lambda frame, prompt, seconds, seed: c.Clip(frames, 8))
+def test_an_accept_that_contradicts_itself_is_told_so():
+    """What it needs is said."""
+    for wrong in (accept(executed=False), accept("none")):
+        again = go(plan(), wrong, accept()).asked("verifier")[1]
+        assert "an accept needs action_executed true and progress not none" in again
 
 
-@pytest.mark.parametrize("made", [np.zeros((9, 32, 48, 3), np.uint8), None, [1, 2]])
-def test_a_generator_that_returns_an_array_or_nothing_in_place_of_a_clip_is_told_so(made):
-    with pytest.raises(c.Problem, match="a generator returns a Clip of uint8"):
-        go(plan(), vgm=lambda *request: made)
+def test_only_the_last_reply_is_shown_again():
+    """A second unusable reply takes the first one's place."""
+    again = go(plan(), "one", "two", accept()).asked("verifier")[2]
+    assert "Your last reply was: two" in again and "Your last reply was: one" not in again
 
 
-def test_a_generator_that_uses_one_buffer_again_and_again_spoils_no_clip(tmp_path):
-    buffer = np.zeros((5, *I0.shape), np.uint8)
-
-    def vgm(frame, prompt, seconds, seed):
-        buffer[:] = frame
-        buffer[1:] = 100 + seed
-        return c.Clip(buffer, 4)
-
-    result, *_ = go(plan(left=2), accept("partial"), plan(), accept(), vgm=vgm, folder=tmp_path)
-    assert colours(result.video) == [100, 101]
-    again, *_ = go(vgm=vgm, folder=tmp_path)
-    assert (again.video.frames == result.video.frames).all()
-
-
-@pytest.mark.parametrize("picture", [Image.fromarray(I0), I0 / 255, I0[..., 0], "x.png", None])
-def test_a_picture_that_is_no_uint8_rgb_array_gets_a_sentence_that_says_so(picture):
-    vlm = Script(plan(), accept())
-    with pytest.raises(c.Problem, match="a uint8 RGB array"):
-        c.CollabVR(c.Models(Painter(), vlm)).run(picture, "q")
-    assert not vlm.calls, "nothing was paid for"
+LENIENT = {
+    "case and blanks": {**accept(), "verdict": " ACCEPT\n", "progress": "Complete "},
+    "no suggestion": without(accept(), "suggestion"),
+    "null suggestion": {**accept(), "suggestion": None},
+    "no confidence": without(accept(), "confidence"),
+    "confidence as a number": {**accept(), "confidence": 0.9},
+    "confidence as a list": {**accept(), "confidence": ["high"]},
+    "numbers as text": {**accept(), "good_fraction": "1.0"},
+    "booleans as text": {**accept(), "action_executed": "true"},
+    "an accept without good_fraction": without(accept(), "good_fraction"),
+    "an accept with a null good_fraction": {**accept(), "good_fraction": None},
+    "a long reason": {**accept(), "reason": "x" * 200_000},
+}
 
 
-def test_a_generator_that_writes_into_its_frame_spoils_neither_the_input_nor_the_video():
-    def vgm(frame, prompt, seconds, seed):
-        frames = np.repeat(frame[None], 5, 0)
-        frames[1:] = 100 + seed
-        frame[:] = 0
-        return c.Clip(frames, 4)
-
-    image = I0.copy()
-    vlm = Script(plan(left=2), accept("partial"), plan(), accept())
-    result = c.CollabVR(c.Models(vgm, vlm)).run(image, "q")
-    assert (image == I0).all()
-    assert result.video.frames[:, 0, 0, 0].tolist() == [250] + [100] * 4 + [101] * 4
+@pytest.mark.parametrize("name", LENIENT)
+def test_what_cannot_turn_a_reject_is_forgiven(name):
+    """One reply is enough."""
+    run = go(plan(), LENIENT[name])
+    assert run.roles() == "pv" and run.status == "complete"
 
 
-@pytest.mark.parametrize("fps", [np.float32(29.97), Fraction(8), np.int64(8)])
-def test_any_kind_of_number_will_do_as_frames_per_second(fps):
-    models = c.Models(lambda frame, *_: c.Clip(np.repeat(frame[None], 9, 0), fps), None)
-    assert models.generate(I0, "p", 1.0).fps == float(fps)
-    assert json.dumps(models.calls)
+def test_good_fraction_is_1_beside_an_accept():
+    """A.2 asks for it on a reject only."""
+    assert c.Verification(**without(accept(), "good_fraction")).good_fraction == 1.0
+    d = c.Verification(**without(accept(), "good_fraction", "verdict"), verdict=" Accept")
+    assert d.good_fraction == 1.0 and d.verdict == "accept"
 
 
-def test_a_vlm_that_gives_no_text_or_claims_more_than_text_is_asked_again():
-    odd = [{"text": None}, {}, {"text": 5}, {"text": "no", "reply": accept(), "role": "x"}]
-    for answer in odd:
-        answers = [said(plan()), answer, said(accept())]
-        models = c.Models(Painter(), lambda *_, left=answers: left.pop(0))
-        assert c.CollabVR(models).run(I0, "q").status == "complete"
-        assert models.cost()["calls"] == {"planner": 1, "vgm": 1, "verifier": 2}
+def test_plans_and_routes_are_read_as_leniently():
+    """Numbers and booleans as text, the route's case, a missing suggestion."""
+    steps = {**plan(left=2), "estimated_steps_remaining": "2", "task_complete": "False"}
+    silent = {**without(route("split"), "suggestion"), "action": " SPLIT", "estimated_steps": "2"}
+    run = go(steps, reject(suggestion=None), silent, plan(), accept(), M=1)
+    assert run.roles() == "pvrpv" and "Advice: it went right" in run.asked("planner")[1]
 
 
-def test_a_damaged_run_folder_is_refused_in_one_sentence(tmp_path):
-    for text in ("garbage\n", "{}\n", "[]\n"):
-        (tmp_path / "calls.jsonl").write_text(text)
-        with pytest.raises(c.Problem, match="calls.jsonl is damaged"):
-            c.Models(None, None, tmp_path)
+@pytest.mark.parametrize("wrapped", [
+    "```json\nREPLY\n```", "```\nREPLY```", "Sure, here it is: REPLY Good luck!", " \n REPLY \n",
+    "<think>It is {so}, or is it?</think>\nREPLY", "<think>a</think>{}</think>```REPLY```",
+    "half a thought, then</think>Here: REPLY\n", "<thought>[1] so</thought>REPLY"])
+def test_fences_thoughts_and_sentences_do_no_harm(wrapped):
+    """The object is found among them."""
+    replies = [wrapped.replace("REPLY", json.dumps(reply)) for reply in (plan(), accept())]
+    run = go(*replies)
+    assert run.roles() == "pv" and run.status == "complete"
 
 
-@pytest.mark.parametrize("second", [((40, 48), 4), ((32, 48), 8)])
-def test_a_clip_that_cannot_be_joined_to_those_before_is_a_failed_generation(second):
-    made = iter([((32, 48), 4), second, second])
-
-    def vgm(frame, prompt, seconds, seed):
-        size, fps = next(made)
-        return c.Clip(np.zeros((9, *size, 3), np.uint8), fps)
-
-    with pytest.raises(c.Problem, match="failed twice in a row .*does not go with"):
-        go(plan(left=2), accept(), plan(), vgm=vgm)
+@pytest.mark.parametrize("reason", ["</think>", "<think>", "a } b { c", "[1]", "```"])
+def test_a_reply_that_parses_is_taken_as_it_stands(reason):
+    """Whatever stands in its texts: a </think> there ends no thought."""
+    run = go(plan(), {**reject(), "reason": reason}, {**accept(), "reason": reason})
+    assert run.roles() == "pvv" and run.models.calls[-1].reply["reason"] == reason
 
 
-# ------------------------------------------------------------------------------- clips and files
+@pytest.mark.parametrize("fault", ["finish_reason length", "I cannot help with that"])
+def test_a_reply_with_a_fault_is_not_used(fault):
+    """Even if it parses: it was cut off, or refused."""
+    def vlm(instructions, parts, schema):
+        return said(plan()) if schema is c.FirstPlan else said(accept(), fault=fault)
+
+    with pytest.raises(c.Problem, match=fault):
+        go(vlm=vlm)
 
 
-@pytest.mark.parametrize("T, fps, rate, indexes", [
-    (97, 16, 1, [0, 16, 32, 48, 64, 80, 96]), (17, 8, 8, list(range(17))), (17, 8, 1, [0, 8, 16]),
-    (2, 16, 1, [0, 1]), (50, 16, 1, [0, 16, 33, 49]), (17, 8, 1000, list(range(17)))])
-def test_the_verifier_sees_evenly_spread_frames_the_first_and_the_last_among_them(
-        T, fps, rate, indexes):
-    assert c.sample(c.Clip(np.zeros((T, 1, 1, 3), np.uint8), fps), rate) == indexes
+def test_a_vlm_may_return_plain_text():
+    """Or a dict of which only the text is known."""
+    script = [json.dumps(plan()), {"text": ACCEPT}]
+    run = go(vlm=lambda *_: script.pop(0))
+    assert run.status == "complete" and run.cost["calls"] == {"planner": 1, "vgm": 1, "verifier": 1}
+    assert run.cost["tokens_in"] == {"planner": 0, "vgm": 0, "verifier": 0}
 
 
-def test_joining_drops_the_repeated_frame_and_adds_up_the_seconds():
+@pytest.mark.parametrize("odd", [
+    {"text": None}, {}, {"text": 5}, None, 7, ["x"], {"text": ACCEPT, "tokens_in": "many"},
+    {"text": "no", "reply": accept(), "role": "x", "t": 9}])
+def test_a_vlm_that_returns_no_text_is_asked_again(odd):
+    """What it claims beside its text is not believed."""
+    script = [said(plan()), odd, said(accept())]
+    run = go(vlm=lambda *_: script.pop(0))
+    assert run.status == "complete" and run.roles() == "pvv"
+    assert [call.t for call in run.models.calls] == [1] * 4
+
+
+def test_a_vlm_that_raises_is_asked_again(caplog):
+    """A failed call, like a generator's: counted, its traceback in the log."""
+    script = [said(plan()), ConnectionError("gone"), said(accept())]
+
+    def vlm(*request):
+        reply = script.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    run = go(vlm=vlm)
+    assert run.status == "complete" and run.roles() == "pvv"
+    assert run.models.calls[2].fault == "ConnectionError: gone" and "Traceback" in caplog.text
+    script[:] = [said(plan()), *[ValueError("no")] * 3]
+    with pytest.raises(c.Problem, match="verifier gave no usable reply .*ValueError: no"):
+        go(vlm=vlm)
+
+
+def test_a_problem_of_a_vlm_ends_the_run():
+    """Nothing is asked again."""
+    asked = []
+
+    def vlm(*request):
+        asked.append(request)
+        raise c.Problem("The key is wrong.")
+
+    with pytest.raises(c.Problem, match="The key is wrong"):
+        go(vlm=vlm)
+    assert len(asked) == 1
+
+
+SCHEMAS = [c.Plan, c.FirstPlan, c.Verification, c.Routing, c.LastRouting]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_schemas_are_plain_enough_for_every_engine(schema):
+    """No const, length or pattern: some engines refuse them, others get them wrong."""
+    text = json.dumps(schema.model_json_schema())
+    for word in ("const", "minLength", "maxLength", "pattern", "default", "anyOf"):
+        assert f'"{word}"' not in text
+    found = schema.model_json_schema()
+    assert found["additionalProperties"] is False
+    assert found["required"] == list(found["properties"]) == list(schema.model_fields)
+
+
+def test_schemas_offer_what_is_allowed():
+    """Three routes, two at the last step; three words for progress, two for a verdict."""
+    def words(schema, name):
+        return schema.model_json_schema()["properties"][name]["enum"]
+
+    assert words(c.Routing, "action") == ["regen", "split", "fallback"]
+    assert words(c.LastRouting, "action") == ["regen", "fallback"]
+    assert words(c.Verification, "progress") == ["none", "partial", "complete"]
+    assert words(c.Verification, "confidence") == ["low", "medium", "high"]
+    assert words(c.Verification, "verdict") == ["accept", "reject"]
+    assert c.FirstPlan.model_json_schema()["properties"]["task_complete"]["type"] == "boolean"
+
+
+def test_each_step_is_asked_with_its_schema():
+    """FirstPlan while H is empty, LastRouting at the last step."""
+    run = go(plan(left=2), reject(), route("split"), plan(left=2), accept(),
+             plan(), reject(), route("fallback"), M=1)
+    assert [call["schema"] for call in run.models.vlm.calls if call["role"] != "verifier"] == [
+        "FirstPlan", "Routing", "FirstPlan", "Plan", "LastRouting"]
+
+
+# ------------------------------------------------------------------------------
+# Clips, pictures, videos
+
+
+@pytest.mark.parametrize("T, fps, rate, chosen", [
+    (97, 16, 1, [0, 16, 32, 48, 64, 80, 96]), (49, 16, 1, [0, 16, 32, 48]),
+    (17, 8, 8, list(range(17))), (17, 8, 1, [0, 8, 16]), (2, 16, 1, [0, 1]),
+    (50, 16, 1, [0, 16, 33, 49]), (17, 8, 1000, list(range(17)))])
+def test_sampled_frames_are_evenly_spread(T, fps, rate, chosen):
+    """A.1: one a second, the first and the last among them: 7 of 6 s, 4 of 3 s."""
+    assert c.sample(c.Clip(np.zeros((T, 1, 1, 3), np.uint8), fps), rate) == chosen
+
+
+def test_joining_drops_the_repeated_frame():
+    """And the seconds add up. [D8]"""
     a, b = (c.Clip(np.full((T, 2, 2, 3), T, np.uint8), 16) for T in (97, 49))
     assert len(c.concat([a, b]).frames) == 145
     assert c.concat([a, b]).seconds == a.seconds + b.seconds == 9
@@ -668,67 +1144,107 @@ def test_joining_drops_the_repeated_frame_and_adds_up_the_seconds():
 
 @pytest.mark.parametrize("size, multiple, fitted", [
     ((832, 480), 16, (832, 480)), ((1920, 1080), 16, (832, 464)), ((96, 96), 16, (96, 96)),
-    ((100, 90), 16, (96, 80)), ((480, 832), 32, (480, 832)), ((20, 20), 32, (32, 32))])
-def test_pictures_shrink_to_the_area_but_never_grow(size, multiple, fitted):
-    assert c.fit(*size, multiple) == fitted
+    ((100, 90), 16, (96, 80)), ((480, 832), 32, (480, 832)), ((20, 20), 32, (32, 32)),
+    ((5000, 100), 16, (4464, 80))])
+def test_pictures_shrink_to_the_area(size, multiple, fitted):
+    """A.1: at most 832x480 pixels in all, the shape kept, never enlarged."""
+    width, height = c.fit(*size, multiple)
+    assert (width, height) == fitted
 
 
 def noise(*shape):
     return c.Clip(np.random.default_rng(0).integers(0, 256, shape, np.uint8), 8)
 
 
-def test_the_same_frames_make_the_same_video_bit_for_bit():
-    clip = noise(12, 12, 12, 3)
-    clip = c.Clip(clip.frames.repeat(8, 1).repeat(8, 2), 8)
-    assert len({c.encode_video(clip) for _ in range(20)}) == 1
-
-
 def decoded(path, data):
     """A video's frames, and what is known of it."""
-    import imageio.v3 as iio
-
     path.write_bytes(data)
     return iio.imread(path, plugin="pyav"), iio.immeta(path, plugin="pyav")
 
 
+def test_a_video_is_the_same_bit_for_bit():
+    """Same frames, same bytes."""
+    clip = noise(12, 12, 12, 3)
+    clip = c.Clip(clip.frames.repeat(8, 1).repeat(8, 2), 8)
+    assert len({c.mp4(clip) for _ in range(20)}) == 1
+
+
 @pytest.mark.parametrize("shape", [(9, 33, 47, 3), (49, 233, 247, 3), (2, 16, 300, 3)])
 def test_stored_clips_are_exact(tmp_path, shape):
+    """FFV1 gives the same frames, and odd sides do no harm."""
     clip = noise(*shape)
-    frames, meta = decoded(tmp_path / "a.mkv", c.encode_video(clip, lossless=True))
+    frames, meta = decoded(tmp_path / "a.mkv", c.lossless(clip))
     assert meta["codec"] == "ffv1" and (frames == clip.frames).all()
+    assert (c.read_lossless(c.lossless(clip)) == clip.frames).all()
 
 
 @pytest.mark.parametrize("size, written", [
-    ((33, 47), (264, 376)), ((64, 64), (256, 256)), ((255, 300), (510, 600)),
-    ((300, 255), (600, 510)), ((256, 300), (256, 300)), ((257, 301), (258, 302)),
-    ((480, 832), (480, 832))])
-def test_the_video_plays_anywhere_and_a_side_below_256_is_enlarged_by_a_whole_factor(
-        size, written, tmp_path):
-    frames, meta = decoded(tmp_path / "a.mp4", c.encode_video(noise(5, *size, 3)))
+    ((33, 47), (34, 48)), ((64, 64), (64, 64)), ((480, 832), (480, 832)), ((1, 1), (2, 2))])
+def test_a_video_plays_anywhere(size, written, tmp_path):
+    """H.264 of even sides in yuv420p, at the clip's rate."""
+    frames, meta = decoded(tmp_path / "a.mp4", c.mp4(noise(5, *size, 3)))
     assert meta["video_format"] == "yuv420p" and meta["codec"] == "h264" and meta["fps"] == 8
     assert frames.shape == (5, *written, 3)
 
 
-def test_the_colours_of_small_pictures_survive_in_the_video(tmp_path):
-    frames = np.zeros((5, 64, 64, 3), np.uint8)
-    frames[:, ::2, ::2, 0] = frames[:, 1::2, 1::2, 2] = 255  # halved colour: 59
-    shown, _ = decoded(tmp_path / "a.mp4", c.encode_video(c.Clip(frames, 8)))
-    middle = shown[:, 2::4, 2::4]
-    assert middle.shape == frames.shape and np.abs(middle.astype(int) - frames).mean() < 12
+@pytest.mark.parametrize("shape, fps", [
+    ((100, 5000), 8), ((5001, 101), 8), ((1, 16384), 8), ((16384, 1), 8), ((16, 16), 1000),
+    ((16, 16), 1), ((16, 16), 23.976), ((16, 16), 0.5)])
+def test_what_a_generator_may_make_can_be_saved(shape, fps, tmp_path):
+    """No run that was paid for fails at its end."""
+    def vgm(frame, prompt, seconds, seed):
+        frames = np.repeat(np.full((1, *shape, 3), 90, np.uint8), int(2 * fps) + 1, 0)
+        return c.Clip(frames, fps)
+
+    run = go(plan(), accept(), vgm=vgm, folder=tmp_path)
+    assert run.models.save(run.result).stat().st_size > 100
+    assert (go(vgm=vgm, folder=tmp_path).video.frames == run.video.frames).all()
 
 
-def saved(tmp_path, image, name="x.png", **options):
-    image.save(tmp_path / name, **options)
+def saved(tmp_path, picture, name="x.png", **options):
+    picture.save(tmp_path / name, **options)
     return c.load_image(str(tmp_path / name))
 
 
-def test_exif_rotation_is_applied(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(orientation, tmp_path):
+    """By EXIF's orientation, as Pillow would turn them."""
+    from PIL import ImageOps
+
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x112] = orientation
+    picture = Image.fromarray(np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3))
+    loaded = saved(tmp_path, picture, "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as kept:
+        assert (loaded == np.array(ImageOps.exif_transpose(kept).convert("RGB"))).all()
+
+
+ODD_EXIF = {  # entries of a rotated camera's picture that Pillow reads and cannot write again
+    "a comment as a number": (0x9286, 3, 1, b"\x05\x00\x00\x00"),
+    "text that is none": (0x10F, 2, 4, b"\xff\xfe\xfd\x00"),
+    "a ratio of nothing": (0x11A, 5, 1, b"\xff\xff\x00\x00"),
+    "a type that is none": (0x10E, 99, 1, b"\x00\x00\x00\x00"),
+    "more values than there are": (0x111, 4, 9999, b"\x08\x00\x00\x00"),
+    "a part that is not there": (0x8769, 4, 1, b"\xff\xff\xff\x00"),
+    "negative": (0x100, 9, 1, b"\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_odd_exif_does_not_stop_a_picture(name, tmp_path):
+    """The orientation is read; nothing of it is written back."""
+    def entry(tag, kind, count, value):
+        return b"".join([tag.to_bytes(2, "little"), kind.to_bytes(2, "little"),
+                         count.to_bytes(4, "little"), value])
+
+    entries = sorted([(0x112, 3, 1, b"\x06\x00\x00\x00"), ODD_EXIF[name]])
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little")
+    exif += b"".join(itertools.starmap(entry, entries)) + bytes(4)
     assert saved(tmp_path, Image.new("RGB", (40, 20)), "x.jpg", exif=exif).shape == (40, 20, 3)
 
 
-def test_alpha_is_flattened_on_white_and_palettes_cmyk_and_grey_are_converted(tmp_path):
+def test_colours_of_all_kinds_become_rgb(tmp_path):
+    """Transparency on white; palettes, CMYK and grey."""
     assert (saved(tmp_path, Image.new("RGBA", (20, 20), (9, 9, 9, 0))) == 255).all()
     palette = Image.new("P", (20, 20))
     palette.putpalette([10, 20, 30] + [0] * 765)
@@ -739,133 +1255,212 @@ def test_alpha_is_flattened_on_white_and_palettes_cmyk_and_grey_are_converted(tm
 
 
 @pytest.mark.parametrize("values, name", [
-    (np.linspace(0, 65535, 400).astype(np.uint16), "x.png"), (np.linspace(0, 1, 400), "x.tiff")])
-def test_a_picture_of_more_than_8_bits_is_refused_and_not_taken_for_a_white_one(
-        values, name, tmp_path):
-    Image.fromarray(values.reshape(20, 20).astype(
-        np.float32 if values.dtype == float else values.dtype)).save(tmp_path / name)
+    (np.linspace(0, 65535, 400).astype(np.uint16), "x.png"),
+    (np.linspace(0, 1, 400).astype(np.float32), "x.tiff")])
+def test_more_than_8_bits_are_refused(values, name, tmp_path):
+    """And not taken for a white picture."""
+    Image.fromarray(values.reshape(20, 20)).save(tmp_path / name)
     with pytest.raises(c.Problem, match="8 bits"):
         c.load_image(tmp_path / name)
 
 
-# --------------------------------------------------------------------------- calls.jsonl, clips/
+@pytest.mark.parametrize("name, data, told", [
+    ("nowhere.png", None, "there is no such file"), ("x.txt", b"hello", "convert it to PNG"),
+    ("x.svg", b"<svg/>", "convert it to PNG"), ("empty.png", b"", "convert it to PNG"),
+    ("cut.png", "half", "convert it to PNG")])
+def test_what_is_no_picture_is_told_so(name, data, told, tmp_path):
+    """With what to convert it to."""
+    if data == "half":
+        Image.fromarray(noise(1, 99, 99, 3).frames[0]).save(tmp_path / "whole.png")
+        data = (tmp_path / "whole.png").read_bytes()[:2000]
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(c.Problem, match=f"{name}.*{told}"):
+        c.load_image(tmp_path / name)
 
+
+@pytest.mark.parametrize("size", [(9000, 9000), (8193, 20), (8192, 8192), (15, 100)])
+def test_a_picture_of_absurd_size_is_refused(size, tmp_path):
+    """Before it is decoded."""
+    Image.new("1", size).save(tmp_path / "x.png")
+    with pytest.raises(c.Problem, match="pixels"):
+        c.load_image(tmp_path / "x.png")
+
+
+def test_a_picture_5000_by_100_works_to_the_end(tmp_path, picture):
+    """What load_image takes, no later part refuses."""
+    Image.new("RGB", (5000, 100), (7, 8, 9)).save(tmp_path / "wide.png")
+    wide = c.load_image(tmp_path / "wide.png")
+    models = c.RecordedModels(Painter(), Script(plan(), accept()), tmp_path / "out")
+    result = c.CollabVR(models, c.Config(seconds_first=1)).run(wide, "q")
+    frames, _ = decoded(tmp_path / "a.mp4", models.save(result).read_bytes())
+    assert frames.shape == (5, 100, 5000, 3)
+
+
+# ------------------------------------------------------------------------------
+# The run folder: what was paid for is kept
 
 FULL = [plan(left=2), reject(), accept("partial"), plan(), accept()]
 
 
-def facts(result, models):
-    """What a run came to, the seconds of waiting and the clips' file names apart."""
-    calls = [{k: v for k, v in x.items() if k not in ("wall_seconds", "clip")}
-             for x in models.calls]
-    cost = {k: v for k, v in models.cost().items() if k != "wall_seconds"}
-    return result.status, result.unverified_steps, calls, cost, result.video.frames.tobytes()
+def outcome(run):
+    """What a run came to, apart from seconds of waiting and the clips' file names."""
+    calls = [call.model_dump(exclude={"wall_seconds", "clip", "request", "sha256"})
+             for call in run.models.calls]
+    cost = without(run.cost, "wall_seconds")
+    return run.status, run.unverified, calls, cost, run.video.frames.tobytes()
 
 
-def kept(folder):
-    """The lines of calls.jsonl."""
+def lines(folder):
     return [json.loads(line) for line in (folder / "calls.jsonl").read_bytes().splitlines()]
+
+
+def write_lines(folder, calls):
+    text = "".join(json.dumps(call) + "\n" for call in calls)
+    (folder / "calls.jsonl").write_text(text)
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    result, *_, models = go(*FULL)
-    return facts(result, models)
+    return outcome(go(*FULL))
 
 
 @pytest.mark.parametrize("vlm_calls", range(5))
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_resumes_without_paying_twice(tmp_path, undisturbed, vlm_calls, fault):
-    class Dies(Script):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, c.Problem])
+def test_an_interrupted_run_resumes(tmp_path, undisturbed, vlm_calls, stop):
+    """Nothing is paid for twice."""
+    class Stops(Script):
         def __call__(self, *request):
             if len(self.calls) == vlm_calls:
-                raise fault
+                raise stop
             return super().__call__(*request)
 
-    vgm, first = Painter(), Dies(*FULL)
-    with pytest.raises(fault):
+    vgm, first = Painter(), Stops(*FULL)
+    with pytest.raises(stop):
         go(vgm=vgm, vlm=first, folder=tmp_path)
-    result, _, second, models = go(*FULL[vlm_calls:], vgm=vgm, folder=tmp_path)
-    assert len(vgm.calls) == 3 and len(first.calls) + len(second.calls) == 5
-    assert facts(result, models) == undisturbed
+    run = go(*FULL[vlm_calls:], vgm=vgm, folder=tmp_path)
+    assert len(vgm.calls) == 3 and len(first.calls) + len(run.models.vlm.calls) == 5
+    assert outcome(run) == undisturbed
 
 
-def test_a_finished_run_replays_without_its_models(tmp_path):
-    done, *_, models = go(*FULL, folder=tmp_path)
-    lines = (tmp_path / "calls.jsonl").read_bytes()
-    again, *_, models2 = go(vgm=lambda *_: 1 / 0, folder=tmp_path)
-    assert facts(again, models2) == facts(done, models) and models2.cost() == models.cost()
-    assert (tmp_path / "calls.jsonl").read_bytes() == lines
+def test_a_finished_run_replays_without_models(tmp_path, caplog):
+    """Its clips, replies and cost come from the folder, and the log says so."""
+    caplog.set_level("INFO", "collabvr")
+    done = go(*FULL, folder=tmp_path)
+    before = (tmp_path / "calls.jsonl").read_bytes()
+    caplog.clear()
+    again = go(folder=tmp_path)
+    assert outcome(again) == outcome(done) and again.cost == done.cost
+    assert not again.models.vgm.calls and (tmp_path / "calls.jsonl").read_bytes() == before
+    assert caplog.text.count(": recorded") == 8 and "waiting" not in caplog.text
 
 
-def test_settings_may_change_and_what_they_do_not_touch_is_replayed(tmp_path):
+def test_what_a_changed_setting_leaves_is_replayed(tmp_path):
+    """Only the planner is told the cap."""
     go(*FULL, folder=tmp_path)
-    _, vgm, vlm, models = go(plan(left=2), plan(), folder=tmp_path, N_max=2)
-    assert vlm.roles() == "pp"  # only the planner is told the cap
-    assert not vgm.calls and models.cost()["clips"] == 3 and models.cost()["calls"]["planner"] == 2
+    run = go(plan(left=2), plan(), folder=tmp_path, N_max=2)
+    assert [call["role"] for call in run.models.vlm.calls] == ["planner"] * 2
+    assert not run.given("seed") and run.cost["clips"] == 3 and run.cost["calls"]["planner"] == 2
 
 
-def test_unusable_replies_are_counted_for_ever_but_asked_for_afresh(tmp_path):
-    with pytest.raises(c.Problem):
-        go("?", "?", "?", folder=tmp_path)
-    *_, vlm, models = go("?", plan(), accept(), folder=tmp_path)
-    assert models.cost()["calls"]["planner"] == 5 and len(vlm.calls) == 3
-    assert go(folder=tmp_path)[-1].cost() == models.cost()
+def test_equal_requests_keep_their_order(tmp_path):
+    """Two equal questions may have had two replies."""
+    def ask_twice(*replies):
+        models = c.RecordedModels(None, Script(*replies), tmp_path)
+        plans = [models.ask("planner", "", ["the same"], c.Plan) for _ in range(2)]
+        return [p.instruction for p in plans], len(models.vlm.calls)
+
+    assert ask_twice(plan("one"), plan("two")) == (["one", "two"], 2)
+    assert ask_twice() == (["one", "two"], 0)
 
 
-def test_a_replay_decodes_each_clip_once(tmp_path, monkeypatch):
-    go(plan(), reject(), reject(), accept(), folder=tmp_path)
-    read, decoded = c.read_clip, []
-    monkeypatch.setattr(c, "read_clip", lambda *x: decoded.append(x[1]["clip"]) or read(*x))
-    go(folder=tmp_path)
-    assert decoded == ["clips/001.mkv", "clips/002.mkv", "clips/003.mkv"]
+def test_a_failure_inside_a_run_is_replayed(tmp_path):
+    """With its clip's seed and its cost."""
+    done = go(plan(), "?", accept(), vgm=Painter(fail=[1]), folder=tmp_path)
+    again = go(folder=tmp_path)
+    assert outcome(again) == outcome(done) and again.cost["generator_errors"] == 1
+    assert again.cost["calls"] == {"planner": 1, "vgm": 2, "verifier": 2}
 
 
-def test_failures_of_an_earlier_start_are_counted_and_the_seeds_go_on(tmp_path):
-    with pytest.raises(c.Problem):
+def test_a_generator_that_ended_a_run_is_tried_again(tmp_path):
+    """By the next start, as if nothing had been."""
+    with pytest.raises(c.Problem, match="failed twice"):
         go(plan(), vgm=Painter(fail=[1, 2]), folder=tmp_path)
-    _, vgm, _, models = go(accept(), folder=tmp_path)
-    assert vgm.calls[0]["seed"] == 2
-    assert models.cost()["generator_errors"] == 2 and models.cost()["clips"] == 1
-    assert go(folder=tmp_path)[-1].cost() == models.cost()
+    run = go(accept(), folder=tmp_path)
+    assert run.given("seed") == [0] and run.cost["generator_errors"] == 0
+    assert outcome(go(folder=tmp_path)) == outcome(run)
 
 
-@pytest.mark.parametrize("which", [1, 2, 3])
-def test_a_line_whose_clip_is_missing_or_not_whole_counts_as_not_there(
-        tmp_path, undisturbed, which):
+def test_replies_that_ended_a_run_are_asked_for_again(tmp_path):
+    """By the next start."""
+    with pytest.raises(c.Problem, match="no usable reply"):
+        go("?", "?", "?", folder=tmp_path)
+    run = go("?", plan(), accept(), folder=tmp_path)
+    assert len(run.models.vlm.calls) == 3
+    assert outcome(go(folder=tmp_path)) == outcome(run)
+
+
+def test_a_clip_is_written_before_its_line(tmp_path, monkeypatch):
+    """A line never promises a clip that is not there."""
+    seen, write = [], c.RecordedModels.write
+
+    def watched(self, call):
+        if call.clip:
+            seen.append((tmp_path / call.clip).exists())
+        return write(self, call)
+
+    monkeypatch.setattr(c.RecordedModels, "write", watched)
     go(*FULL, folder=tmp_path)
-    path = tmp_path / f"clips/{which:03}.mkv"
-    whole = path.read_bytes()
-    for broken in (None, b"", whole[:100], whole[: len(whole) // 2], whole[:-100]):
-        path.unlink() if broken is None else path.write_bytes(broken)
-        vgm = Painter()
-        vgm.calls = [{}] * (which - 1)  # its colours are the numbers of its calls
-        result, *_, models = go(vgm=vgm, folder=tmp_path)
-        assert facts(result, models) == undisturbed and len(vgm.calls) == which
-        assert go(folder=tmp_path)[-1].calls == models.calls  # and that is kept
-        path.write_bytes(whole)
-        (tmp_path / "calls.jsonl").write_text("".join(
-            json.dumps(line) + "\n" for line in kept(tmp_path)[:8]))
+    assert seen == [True] * 3
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES = {
+    "lost": lambda data: None, "empty": lambda data: b"", "half": lambda data: data[: len(data) // 2],
+    "short": lambda data: data[:-100], "one flipped bit": flipped,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_clip_is_made_again(tmp_path, undisturbed, number, damage):
+    """A line has its clip's hash; a clip that has not counts as missing. No other is made."""
+    go(*FULL, folder=tmp_path)
+    path = tmp_path / f"clips/{number:03}.mkv"
+    data = DAMAGES[damage](path.read_bytes())
+    path.unlink() if data is None else path.write_bytes(data)
+    vgm = Painter()
+    vgm.calls = [{}] * (number - 1)  # its colours are the numbers of its calls
+    run = go(vgm=vgm, folder=tmp_path)
+    assert outcome(run) == undisturbed and len(vgm.calls) == number
+    assert outcome(go(vgm=lambda *_: 1 / 0, folder=tmp_path)) == undisturbed, "and it is kept"
 
 
 @pytest.mark.parametrize("torn", [1, 10, 100])
 def test_a_torn_last_line_is_dropped(tmp_path, undisturbed, torn):
+    """A power cut may leave one. Only its call is made again."""
     go(*FULL, folder=tmp_path)
     whole = (tmp_path / "calls.jsonl").read_bytes()
     (tmp_path / "calls.jsonl").write_bytes(whole[:-torn])
-    result, vgm, _, models = go(accept(), folder=tmp_path)
-    assert facts(result, models) == undisturbed and not vgm.calls
-    assert [x["request"] for x in kept(tmp_path)] == [
-        json.loads(line)["request"] for line in whole.splitlines()]
+    run = go(accept(), folder=tmp_path)
+    assert outcome(run) == undisturbed and not run.given("seed")
+    requests = [json.loads(line)["request"] for line in whole.splitlines()]
+    assert [line["request"] for line in lines(tmp_path)] == requests
 
 
-@pytest.mark.parametrize("cut", range(1, 12))
-def test_a_power_cut_costs_the_call_under_way_at_most(cut, tmp_path, undisturbed, monkeypatch):
-    syncs, fsync, vgm, first = itertools.count(1), os.fsync, Painter(), Script(*FULL)
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_a_power_cut_costs_one_call_at_most(cut, tmp_path, undisturbed, monkeypatch):
+    """It comes while the disk is waited for, and what was written is not all there."""
+    syncs, fsync = itertools.count(1), os.fsync
+    vgm, first = Painter(), Script(*FULL)
 
-    def power(file):  # goes while the disk is waited for, and what was written is not all there
+    def power(file):
         if next(syncs) == cut:
-            os.ftruncate(file, os.fstat(file).st_size - 20)
+            os.ftruncate(file, max(0, os.fstat(file).st_size - 20))
             raise KeyboardInterrupt
         return fsync(file)
 
@@ -873,194 +1468,324 @@ def test_a_power_cut_costs_the_call_under_way_at_most(cut, tmp_path, undisturbed
     with pytest.raises(KeyboardInterrupt):
         go(vgm=vgm, vlm=first, folder=tmp_path)
     monkeypatch.undo()
-    whole = (tmp_path / "calls.jsonl").read_bytes().rpartition(b"\n")[0]
-    lines = [json.loads(line) for line in whole.splitlines()]
-    assert len(first.calls) + len(vgm.calls) - len(lines) <= 1
-    vgm.calls = vgm.calls[: sum("clip" in x for x in lines)]
-    result, *_, models = go(*FULL[sum("reply" in x for x in lines) :], vgm=vgm, folder=tmp_path)
-    assert facts(result, models) == undisturbed
+    path = tmp_path / "calls.jsonl"
+    whole = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")[0]
+    kept = [json.loads(line) for line in whole.splitlines()]
+    assert len(first.calls) + len(vgm.calls) - len(kept) <= 1
+    vgm.calls = vgm.calls[: sum("clip" in call for call in kept)]
+    run = go(*FULL[sum("reply" in call for call in kept) :], vgm=vgm, folder=tmp_path)
+    assert outcome(run) == undisturbed
 
 
-def test_over_200_steps_memory_grows_by_the_joined_frames_and_a_step_costs_the_same(
-        tmp_path, unsynced):
-    import tracemalloc
-
-    steps, marks, frame = 200, [], np.zeros((64, 64, 3), np.uint8)
-
-    def vlm(instructions, parts, schema):
-        if ROLE[schema.__name__] != "planner":
-            return said(accept("partial"))
-        marks.append((time.process_time(), tracemalloc.get_traced_memory()[0]))
-        return said(plan(left=2))
-
-    models = c.Models(Painter(), vlm, tmp_path)
-    tracemalloc.start()
-    try:
-        c.CollabVR(models, c.Config(N_max=steps, seconds_first=4, seconds_next=4)).run(frame, "q")
-    finally:
-        tracemalloc.stop()
-    one = 17 * 64 * 64 * 3
-    # Painter keeps a copy of the conditioning frame itself; the plans' lines are text
-    assert models.cost()["clips"] == steps and len(marks) == steps
-    assert marks[-1][1] - marks[50][1] < 1.2 * one * (steps - 51)
-    early, late = (marks[b][0] - marks[a][0] for a, b in ((20, 80), (139, 199)))
-    assert late < 1.5 * early + 0.2
+def test_a_folder_has_picture_task_trace_and_video(tmp_path):
+    """From Python, too: the folder is the one that the command line makes."""
+    run = go(*FULL, folder=tmp_path, q="the task")
+    assert run.models.save(run.result, settings={"M": 3}) == tmp_path / "video.mp4"
+    assert (c.load_image(tmp_path / "input.png") == I0).all()
+    assert json.loads((tmp_path / "start.json").read_text())["task"] == "the task"
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert (trace["status"], trace["unverified_steps"]) == ("complete", [])
+    assert trace["task"] == "the task" and trace["settings"] == {"M": 3}
+    assert trace["calls"] == lines(tmp_path) and trace["cost"] == run.cost
+    assert [call["clip"] for call in trace["calls"] if call["role"] == "vgm"] == [
+        "clips/001.mkv", "clips/002.mkv", "clips/003.mkv"]
+    assert (tmp_path / "video.mp4").read_bytes() == c.mp4(run.video)
 
 
-def test_of_clips_that_never_joined_only_the_best_is_kept(unsynced):
-    held = []
-
-    class Watching(c.CollabVR):
-        def plan(self, I0, q, H, t):
-            held.append([x.d.good_fraction for x in H.rejected])
-            return super().plan(I0, q, H, t)
-
-    replies = [x for k in (1, 3, 2) for x in (plan(), *[reject(good=k / 10)] * 3)]
-    models = c.Models(Painter(), Script(*replies))
-    result = Watching(models, c.Config(on_exhausted="replan")).run(I0, "q")
-    assert held == [[], [0.1], [0.3]] and result.status == "best_attempt"
-    assert colours(result.video) == [6]  # the latest of step 2
+def test_facts_stand_in_start_and_trace(tmp_path):
+    """What a caller says about the run before it starts."""
+    models = c.RecordedModels(Painter(), Script(plan(), accept()), tmp_path)
+    models.facts = {"id": "sample 7"}
+    models.save(c.CollabVR(models).run(I0, "q"))
+    for name in ("start.json", "trace.json"):
+        facts = json.loads((tmp_path / name).read_text())
+        assert facts["id"] == "sample 7" and facts["task"] == "q" and facts["input"]
 
 
-def test_equal_requests_are_answered_in_the_order_in_which_they_were_made(tmp_path):
-    def ask_twice(*replies):
-        models = c.Models(None, vlm := Script(*replies), tmp_path)
-        said = [models.ask("planner", "", ["the same"], c.CollabVR.Plan) for _ in range(2)]
-        models.lock.release()
-        return [x.instruction for x in said], len(vlm.calls)
-
-    assert ask_twice(plan("one"), plan("two")) == (["one", "two"], 2)
-    assert ask_twice() == (["one", "two"], 0)
-
-
-def test_a_result_saved_from_python_is_the_folder_that_the_command_line_makes(tmp_path):
-    result, *_, models = go(*FULL, folder=tmp_path)
-    assert c.save(result, models, task="t", settings={"M": 3}) == tmp_path / "video.mp4"
-    trace = json.loads((tmp_path / "trace.json").read_bytes())
-    assert trace["calls"] == models.calls == kept(tmp_path) and trace["cost"] == models.cost()
-    assert (trace["status"], trace["unverified_steps"], trace["task"]) == ("complete", [], "t")
-    assert (tmp_path / "video.mp4").read_bytes() == c.encode_video(result.video)
+@pytest.mark.parametrize("picture, q", [(I0, "another"), (I0 - 1, "solve the maze")])
+def test_another_picture_or_task_is_refused(tmp_path, picture, q):
+    """A folder is of one run."""
+    go(plan(), accept(), folder=tmp_path)
+    models = c.RecordedModels(Painter(), Script(plan()), tmp_path)
+    with pytest.raises(c.Problem, match="another picture or task"):
+        c.CollabVR(models).run(picture, q)
+    assert (c.load_image(tmp_path / "input.png") == I0).all() and not models.vlm.calls
 
 
-# -------------------------------------------------------------------------------- command line
+def test_one_process_may_open_a_folder_twice(tmp_path):
+    """As a notebook does whose cell is run again."""
+    first = go(plan(), accept(), folder=tmp_path)
+    second = go(folder=tmp_path)
+    assert first.models.folder == second.models.folder and outcome(first) == outcome(second)
 
 
-def cli(*argv, **env):
-    """(exit status, stdout, stderr) of a real process."""
-    env = {k: v for k, v in os.environ.items() if "API_KEY" not in k} | {
-        "PYTHONPATH": str(ROOT)} | {k: str(v) for k, v in env.items()}
-    done = subprocess.run([sys.executable, str(ROOT / "collabvr.py"), *map(str, argv)], check=False,
-                          capture_output=True, text=True, env=env, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+SHADES = """
+import collabvr, numpy as np
+def vgm(frame, prompt, seconds, seed):
+    frames = np.repeat(frame[None], int(seconds * 4) + 1, 0)
+    frames[1:] = 10
+    return collabvr.Clip(frames, 4)
+def vlm(instructions, parts, schema):
+    return script(schema)
+"""
 
 
-@pytest.fixture
-def picture(tmp_path):
-    Image.fromarray(I0).save(tmp_path / "x.png")
-    return str(tmp_path / "x.png")
+def loaded(path, source, **names):
+    """The names that a file of this source defines."""
+    path.write_text(source)
+    space = dict(names)
+    exec(compile(source, str(path), "exec"), space)
+    return space
 
 
-def bad(capsys, *argv):
-    """main() on bad input: its one sentence, after checking that it is one."""
-    assert c.main([*map(str, argv)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("collabvr: ") and err.count("\n") == 1
-    assert "Traceback" not in err
-    return err
+def test_an_edited_generator_is_another_one(tmp_path):
+    """In the same folder, from Python, without an identity of its own."""
+    def shown(source, *replies):
+        vgm = loaded(tmp_path / "mine.py", source)["vgm"]
+        return go(*replies, vgm=vgm, folder=tmp_path / "out").shown()
+
+    assert shown(SHADES, plan(), accept()) == [10]
+    assert shown(SHADES) == [10]
+    assert shown(SHADES.replace("= 10", "= 200"), accept()) == [200]
 
 
-XT = ["--image", "X", "--task", "t"]  # X becomes the picture
+def test_an_edited_vlm_is_another_one(tmp_path):
+    """Its earlier replies are not taken for its own."""
+    asked = []
+
+    def run(source):
+        def script(schema):
+            asked.append(schema.__name__)
+            return json.dumps(plan() if schema is c.FirstPlan else accept())
+
+        space = loaded(tmp_path / "mine.py", source, script=script)
+        go(vgm=space["vgm"], vlm=space["vlm"], folder=tmp_path / "out")
+        return len(asked)
+
+    assert run(SHADES) == 2
+    assert run(SHADES) == 2
+    assert run(SHADES.replace("script(schema)", "script(schema)  # a better one")) == 4
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["--task", "t"], "--image"),
-    (["--image", "nowhere.png", "--task", "t"], "nowhere.png cannot be read"),
-    (["--image", __file__, "--task", "t"], "cannot be read as a picture"),
-    (["--image", "X", "--task", "  "], "task is empty"),
-    (["--image", "X", "--task", "move \udcff"], "no text"),
-    ([*XT, "--N-max", "0"], "N_max"),
-    ([*XT, "--N-max", "99999999999"], "N_max"),
-    ([*XT, "--M", "two"], "--M"),
-    ([*XT, "--seconds-first", "nan"], "seconds_first"),
-    ([*XT, "--fps", "-1"], "fps"),
-    ([*XT, "--on-exhausted", "stop"], "--on-exhausted"),
-    ([*XT, "--request-extra", "{"], "request_extra"),
-    ([*XT, "--vgm", "no.py:g"], "--vgm no.py:g cannot be loaded"),
-    ([*XT, "--vgm", __file__], "as FILE.py:NAME"),
-    ([*XT, "--vgm", __file__ + ":nobody"], "as FILE.py:NAME"),
-    ([*XT, "--vgm", __file__ + ":ROLE"], "as FILE.py:NAME"),
-    ([*XT, "--vgm", __file__ + ":painted", "--vgm-arg", "fps=4"], "as FILE.py:NAME"),
-    ([*XT, "--vgm", "hub/model", "--vgm-arg", "fps=4"], "as FILE.py:NAME"),
-    ([*XT, "--colour"], "--colour"),
-    ([*XT, "--n-max", "2"], "--n-max"),
-    (XT, "No API key for generativelanguage.googleapis.com"),
-    ([*XT, "--vlm-url", "http://127.0.0.1:9/v1", "--vlm", "m"],
-     "http://127.0.0.1:9/v1 gave no usable answer"),
-    ([*XT, "--vlm-url", "user:secret@example.org/v1"], "vlm_url"),
-    ([*XT, "--vlm-url", "http://user:secret@example.org/v1"], "vlm_url"),
-    ([*XT, "--vlm-url", "http://example.org/v1?key=secret"], "vlm_url"),
-    ([*XT, "--vlm-url", "http://[::1/v1"], "vlm_url"),
-    ([*XT, "--vlm-url", "http://example.org:80x/v1"], "vlm_url"),
-])
-def test_bad_input_gets_one_sentence_and_exit_status_2(
-        argv, said, capsys, picture, tmp_path, monkeypatch):
-    for key in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(key, raising=False)
-    out = [] if "X" not in argv else ["--out", tmp_path / "out"]
-    sentence = bad(capsys, *[picture if a == "X" else a for a in argv], *out)
-    assert said in sentence and "secret" not in sentence
-    assert not list(tmp_path.glob("out/*"))
+def test_a_notebooks_edited_cell_is_another_one(tmp_path):
+    """Its source is no file; linecache knows it."""
+    def shown(number, source, *replies):
+        name = f"<cell {number}>"
+        linecache.cache[name] = len(source), None, source.splitlines(True), name
+        space = {}
+        exec(compile(source, name, "exec"), space)
+        return go(*replies, vgm=space["vgm"], folder=tmp_path).shown()
+
+    assert shown(1, SHADES, plan(), accept()) == [10]
+    assert shown(2, SHADES) == [10], "the same cell, run again"
+    assert shown(3, SHADES.replace("= 10", "= 200"), accept()) == [200]
 
 
-def test_a_picture_of_absurd_size_is_refused(tmp_path, capsys):
-    Image.new("1", (9000, 9000)).save(tmp_path / "big.png")
-    Image.new("1", (9, 9)).save(tmp_path / "small.png")
-    for name in ("big", "small"):
-        assert "pixels" in bad(capsys, "--image", tmp_path / f"{name}.png", "--task", "t")
+def test_a_generators_fields_tell_it_apart(tmp_path):
+    """Those of a dataclass; and the values of a partial."""
+    @dataclass
+    class Shaded:
+        shade: int
+
+        def __call__(self, frame, prompt, seconds, seed):
+            return painted(frame, seconds, self.shade)
+
+    assert go(plan(), accept(), vgm=Shaded(10), folder=tmp_path).shown() == [10]
+    assert go(vgm=Shaded(10), folder=tmp_path).shown() == [10]
+    assert go(accept(), vgm=Shaded(20), folder=tmp_path).shown() == [20]
+    ten = functools.partial(painted_in, shade=30)
+    assert go(accept(), vgm=ten, folder=tmp_path).shown() == [30]
+    twenty = functools.partial(painted_in, shade=40)
+    assert go(accept(), vgm=twenty, folder=tmp_path).shown() == [40]
 
 
-def test_importing_and_help_need_no_heavy_package():
-    heavy = ["torch", "diffusers", "transformers", "openai", "imageio"]
-    code = (f"import sys, collabvr\ntry: collabvr.main(['--help'])\nexcept SystemExit: pass\n"
-            f"print([m for m in {heavy} if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True,
-                          cwd=ROOT)
-    assert done.stdout.endswith("[]\n")
-    status, out, _ = cli("--help")
-    assert status == 0 and "--on-exhausted" in out and "App. A.1" in out
+def painted_in(frame, prompt, seconds, seed, shade):
+    return painted(frame, seconds, shade)
+
+
+def test_an_identity_says_what_changes_the_clips(tmp_path):
+    """What it leaves out may change, such as a URL."""
+    class Served:
+        def __init__(self, url, fps):
+            self.url = url
+            self.identity = {"fps": fps}
+
+        def __call__(self, frame, prompt, seconds, seed):
+            return painted(frame, seconds, 1)
+
+    go(plan(), accept(), vgm=Served("a", 4), folder=tmp_path)
+    go(vgm=Served("b", 4), folder=tmp_path)
+    with pytest.raises(AssertionError, match="the script is over"):
+        go(vgm=Served("b", 5), folder=tmp_path, vlm=Raising())
+
+
+class Raising(Script):
+    """A script whose end is no failed call but the test's."""
+
+    def __call__(self, *request):
+        try:
+            return super().__call__(*request)
+        except AssertionError as error:
+            raise Over(str(error)) from None
+
+
+class Over(AssertionError, KeyboardInterrupt):
+    pass
+
+
+# ------------------------------------------------------------------------------
+# Nothing from a folder is trusted
+
+
+@pytest.mark.parametrize("name", [
+    "calls.jsonl", "input.png", "start.json", "trace.json", "video.mp4", "lock", "clips",
+    "clips/001.mkv"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_a_folder_is_refused(tmp_path, name, there):
+    """It could lead anywhere; nothing is written through it, whether or not it leads somewhere."""
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    (folder / name).parent.mkdir(parents=True)
+    if there and name == "clips":
+        outside.mkdir()
+    elif there:
+        outside.write_text("mine")
+    (folder / name).symlink_to(outside)
+    with pytest.raises((c.Problem, FileExistsError), match=re.escape(str(folder / name))):
+        go(plan(), accept(), folder=folder)
+    assert outside.exists() == there
+    if there:
+        assert list(outside.iterdir()) == [] if name == "clips" else outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["input.png", "start.json", "trace.json", "video.mp4"])
+def test_a_link_is_replaced_not_written_through(tmp_path, name):
+    """One that appears while the folder is open."""
+    models = c.RecordedModels(Painter(), Script(plan(), accept()), tmp_path / "run")
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "outside")
+    models.save(c.CollabVR(models).run(I0, "q"))
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not (tmp_path / "run" / name).is_symlink()
+
+
+def test_a_clip_is_a_name_inside_clips(tmp_path):
+    """A line that names a file elsewhere leads nowhere, though its hash is right."""
+    go(*FULL, folder=tmp_path / "run")
+    clip = tmp_path / "run" / "clips" / "002.mkv"
+    for place in (tmp_path / "elsewhere.mkv", tmp_path / "run" / "elsewhere.mkv"):
+        shutil.copy(clip, place)
+    clip.unlink()
+    for path in ("../../elsewhere.mkv", "../elsewhere.mkv", str(tmp_path / "elsewhere.mkv"),
+                 "elsewhere.mkv", "", ".", ".."):
+        calls = lines(tmp_path / "run")[:8]
+        calls[3]["clip"] = path
+        write_lines(tmp_path / "run", calls)
+        vgm = Painter()
+        vgm.calls = [{}]
+        go(vgm=vgm, folder=tmp_path / "run")
+        assert len(vgm.calls) == 2, f"{path} was read"
+
+
+def test_a_damaged_file_is_not_touched(tmp_path):
+    """calls.jsonl is read before anything of it is dropped."""
+    go(*FULL, folder=tmp_path)
+    path = tmp_path / "calls.jsonl"
+    damaged = path.read_bytes().replace(b'"role"', b'"rule"', 1) + b'{"torn'
+    path.write_bytes(damaged)
+    with pytest.raises(c.Problem, match=r"calls\.jsonl, line 1 is damaged"):
+        go(folder=tmp_path)
+    assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("line", [
+    b"garbage", b"{}", b"[]", b"null", b'{"role": "vgm"}', b'{"role": "vgm", "t": "one"}',
+    b'{"role": 5, "t": 1}', b'{"role": "vgm", "t": 1, "size": [1]}', b"\xff\xfe",
+    b'{"role": "planner", "t": 1, "reply": []}', b"[" * 50_000, b'{"role": "vgm", "t": 1e400}',
+    b'{"role": "vgm", "t": 1, "size": [32, 48, 0]}'])
+def test_a_line_that_is_none_gets_a_sentence(tmp_path, line):
+    """With the file and the line's number."""
+    (tmp_path / "calls.jsonl").write_bytes(b"\n" + line + b"\n")
+    with pytest.raises(c.Problem, match=r"calls\.jsonl, line 2 is damaged; delete it or"):
+        c.RecordedModels(None, None, tmp_path)
+
+
+def test_blank_lines_do_no_harm(tmp_path, undisturbed):
+    """Between lines, and Windows' line ends."""
+    go(*FULL, folder=tmp_path)
+    path = tmp_path / "calls.jsonl"
+    path.write_bytes(b"\n" + path.read_bytes().replace(b"\n", b"\r\n\n \n"))
+    assert outcome(go(folder=tmp_path)) == undisturbed
+
+
+@pytest.mark.parametrize("number, change", [
+    (0, {"reply": {"verdict": "accept"}}), (0, {"reply": None}), (0, {"reply": {}, "fault": "x"}),
+    (2, {"reply": {**reject(), "verdict": "perhaps"}}), (0, {"request": "another"}),
+    (1, {"sha256": None}), (1, {"sha256": "0"}), (1, {"size": None}), (1, {"seconds": 99}),
+    (1, {"size": [32, 48, 5]}), (1, {"clip": None}), (1, {"clip": "clips"})])
+def test_a_hand_edited_line_counts_as_not_there(tmp_path, number, change):
+    """When it no longer is what was asked for, its call is made again."""
+    go(*FULL, folder=tmp_path)
+    calls = lines(tmp_path)
+    calls[number].update(change)
+    write_lines(tmp_path, calls)
+    reply = [] if number == 1 else [FULL[0] if number == 0 else FULL[1]]
+    vgm = Painter()
+    run = go(*reply, vgm=vgm, folder=tmp_path)
+    assert run.status == "complete" and len(vgm.calls) == (number == 1)
+    assert outcome(go(folder=tmp_path)) == outcome(run)
+
+
+def test_a_start_that_is_no_json_is_another_run(tmp_path):
+    """Whatever stands in it."""
+    go(plan(), accept(), folder=tmp_path)
+    (tmp_path / "start.json").write_bytes(b"\xff[")
+    with pytest.raises(c.Problem, match="another picture or task"):
+        go(folder=tmp_path)
+
+
+def test_an_error_of_any_text_can_be_recorded(tmp_path):
+    """Half characters, too, as in the name of a file."""
+    def vgm(*request):
+        raise OSError("no such file: \udcff\x1b[2J")
+
+    with pytest.raises(c.Problem, match="failed twice"):
+        go(plan(), vgm=vgm, folder=tmp_path)
+    assert [line["role"] for line in lines(tmp_path)] == ["planner", "vgm", "vgm"]
+
+
+# ------------------------------------------------------------------------------
+# The endpoint: real HTTP
 
 
 class Endpoint:
-    """A real OpenAI-compatible server on a free port that plays a list of behaviours, one per chat
-    request."""
+    """An OpenAI-compatible server on a free port that plays a list of behaviours, one a request."""
 
     def __init__(self, *behaviours):
-        self.behaviours, self.requests, outer = list(behaviours), [], self
-        model = {"id": "models/test", "object": "model", "created": 0, "owned_by": "x"}
-        self.models = 200, {"object": "list", "data": [model]}
+        self.behaviours = list(behaviours)
+        self.requests = []  # (authorization, body)
+        outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send(*outer.models)
-
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.headers["Authorization"], body))
-                do = outer.behaviours.pop(0)
-                if callable(do):
-                    return do(self)
-                if isinstance(do, tuple):
-                    return self.send(*do)
-                self.send(*chat(do if do is None or isinstance(do, str) else json.dumps(do)))
+                behaviour = outer.behaviours.pop(0)
+                if callable(behaviour):
+                    behaviour(self)
+                elif isinstance(behaviour, tuple):
+                    self.send(*behaviour)
+                else:
+                    is_text = behaviour is None or isinstance(behaviour, str)
+                    self.send(*chat(behaviour if is_text else json.dumps(behaviour)))
 
             def send(self, status, body, **headers):
                 data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_response(status)
                 kind = "text/html" if isinstance(body, str) else "application/json"
+                self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
-                for k, v in headers.items():
-                    self.send_header(k.replace("_", "-"), v)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -1080,16 +1805,18 @@ class Endpoint:
         self.server.server_close()
 
 
-def chat(content, **others):
-    """A chat completion's body with that content, and what differs from the usual."""
+def chat(content, message=None, finish="stop", **others):
+    """The status and body of a chat completion, with what differs from the usual."""
+    message = message or {"role": "assistant", "content": content}
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    usage = {"prompt_tokens": 9999, "completion_tokens": 5, "total_tokens": 1}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "test-0926",
-            "choices": [{"index": 0, "finish_reason": "stop",
-                         "message": {"role": "assistant", "content": content}}],
-            "usage": {"prompt_tokens": 9999, "completion_tokens": 5, "total_tokens": 1}}
-    return 200, body | others
+            "choices": [choice], "usage": usage}
+    return 200, {**body, **others}
 
 
 def cut(handler):
+    """Half an answer."""
     handler.send_response(200)
     handler.send_header("Content-Length", "500")
     handler.end_headers()
@@ -1104,14 +1831,312 @@ def hang(handler):
         handler.send(200, {})
 
 
-GENERATOR = """
-import numpy as np, collabvr, os
-def painter(frame, prompt, seconds, seed):
-    with open(os.environ["COUNT"], "a") as f: f.write("x")
-    frames = np.repeat(frame[None], int(seconds * 4) + 1, 0)
-    frames[1:, :8] = seed * 40
-    return collabvr.Clip(frames, 4)
+def talk(endpoint, **settings):
+    """A run whose VLM is this endpoint."""
+    return go(vlm=c.OpenAIVLM(vlm="test", vlm_url=endpoint.url, **settings))
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """How long the client would have waited before it tried again; it does not wait."""
+    naps, sleep, main = [], time.sleep, threading.main_thread()
+
+    def nap(seconds):
+        if threading.current_thread() is main:
+            naps.append(seconds)
+        else:
+            sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", nap)
+    return naps
+
+
+def test_a_request_has_prompt_pictures_and_schema():
+    """App. A.1: temperature 0.2; one frame a second with its time; the schema, strict."""
+    with Endpoint(plan(), accept()) as endpoint:
+        run = talk(endpoint)
+    assert run.status == "complete"
+    body = endpoint.requests[1][1]
+    assert body["model"] == "test" and body["temperature"] == 0.2
+    assert body["messages"][0] == {"role": "system", "content": c.VERIFIER}
+    wanted = body["response_format"]["json_schema"]
+    assert wanted["name"] == "Verification" and wanted["strict"] is True
+    assert wanted["schema"] == c.Verification.model_json_schema()
+    content = body["messages"][1]["content"]
+    pictures = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+    assert len(pictures) == 1 + 3 and all(x.startswith("data:image/jpeg;base64,") for x in pictures)
+    assert content[-2]["text"] == "Frame at 2.00 s:"
+
+
+@pytest.mark.parametrize("kind", ["video_url", "image_url"])
+def test_a_clip_may_go_as_raw_video(kind):
+    """An MP4, in a part of the type that is set. [D10]"""
+    with Endpoint(plan(), accept()) as endpoint:
+        talk(endpoint, video_input=kind)
+    content = endpoint.requests[1][1]["messages"][1]["content"]
+    media = [part for part in content if part["type"] != "text"]
+    assert [part["type"] for part in media] == ["image_url", kind]
+    head, data = media[1][kind]["url"].split(",")
+    assert head == "data:video/mp4;base64" and c.read_lossless(base64.b64decode(data)).shape[0] == 9
+
+
+def test_extra_fields_go_into_each_request():
+    """And a temperature of None goes into none."""
+    with Endpoint(plan(), accept()) as endpoint:
+        talk(endpoint, temperature=None, request_extra='{"top_k": 5, "seed": 1}')
+    for _, body in endpoint.requests:
+        assert "temperature" not in body and body["top_k"] == 5 and body["seed"] == 1
+
+
+def test_large_pictures_are_sent_smaller():
+    """At most 1024 pixels a side."""
+    with Image.open(io.BytesIO(c.jpeg(np.zeros((500, 4096, 3), np.uint8)))) as sent:
+        assert sent.size == (1024, 125)
+
+
+def test_busy_and_broken_endpoints_are_tried_again(naps):
+    """429 with its Retry-After, 500, 503, a cut connection and a hang."""
+    overloaded = [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}]
+    faults = [lambda h: h.send(429, {"error": {}}, Retry_After="2"), (500, {}),
+              (503, overloaded), cut, hang]
+    with Endpoint(*faults, plan(), *faults, accept()) as endpoint:
+        run = talk(endpoint, timeout=0.5)
+    assert run.status == "complete" and len(endpoint.requests) == 12
+    assert len(naps) == 10 and naps.count(2.0) == 2
+    assert run.cost["calls"] == {"planner": 1, "vgm": 1, "verifier": 1}
+
+
+def message(**fields):
+    return chat(None, {"role": "assistant", "content": ACCEPT, **fields})
+
+
+ODD = {
+    "no choices": chat(ACCEPT, choices=[]), "null choices": chat(ACCEPT, choices=None),
+    "choices of another type": chat(ACCEPT, choices={}), "choices of text": chat("", choices="hi"),
+    "a choice of another type": chat(ACCEPT, choices=["hi"]),
+    "no message": chat(ACCEPT, choices=[{"finish_reason": "stop"}]),
+    "a null message": chat(ACCEPT, choices=[{"message": None}]),
+    "a message of another type": chat(ACCEPT, choices=[{"message": "hi"}]),
+    "usage of another type": chat(ACCEPT, usage=[1]),
+    "tokens of another type": chat(ACCEPT, usage={"prompt_tokens": "many"}),
+    "tokens in halves": chat(ACCEPT, usage={"prompt_tokens": 1.5}),
+    "a model of another type": chat(ACCEPT, model=["m"]),
+    "a number": message(content=5), "an object": message(content=accept()),
+    "a list of objects": message(content=[accept()]), "a list of texts": message(content=[ACCEPT]),
+    "null": chat(None), "nothing": chat(""), "refused": message(refusal="I cannot"),
+    "a refusal of another type": message(refusal={"why": "I cannot"}),
+    "prose": chat("Accept."), "cut off": chat(ACCEPT[:-20]), "twice": chat(ACCEPT + ACCEPT),
+    "not a number": chat(ACCEPT.replace("1.0", "NaN")), "long": chat("x" * 10_000_000),
+    "deep": chat("[" * 100_000), "a page": (200, "<html>busy</html>"), "a list": (200, [accept()]),
+    "no JSON": lambda h: h.send(200, "{", Content_Type="application/json"), "a text": (200, '"hi"'),
+    "the reply alone": (200, accept()), "an error": (200, {"error": {"message": "busy"}}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_answer_is_asked_for_again(name, caplog):
+    """It is an unusable reply: never an accept, never a traceback."""
+    with Endpoint(plan(), ODD[name], reject(), accept()) as endpoint:
+        run = talk(endpoint)
+    judged = [call for call in run.models.calls if call.role == "verifier"]
+    assert [bool(call.fault) for call in judged] == [True, False, False]
+    assert [call.reply["verdict"] for call in judged[1:]] == ["reject", "accept"]
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "content_filter", "Safety"])
+def test_a_reply_that_was_cut_off_is_not_used(reason):
+    """By its finish_reason, in any case, and even if it parses."""
+    with Endpoint(plan(), *[chat(ACCEPT, finish=reason)] * 3) as endpoint:
+        with pytest.raises(c.Problem, match=f"no usable reply .finish_reason {reason.lower()}"):
+            talk(endpoint)
+
+
+@pytest.mark.parametrize("reason", ["stop", "STOP", "eos", "tool_calls", "", None])
+def test_every_other_finish_reason_is_a_stop(reason):
+    """Endpoints have words of their own."""
+    with Endpoint(chat(json.dumps(plan()), finish=reason), chat(ACCEPT, finish=reason)) as endpoint:
+        assert talk(endpoint).roles() == "pv"
+
+
+def test_content_may_be_a_list_of_texts():
+    """They are joined."""
+    parts = [{"type": "text", "text": ACCEPT[:30]}, {"type": "text", "text": ACCEPT[30:]}]
+    with Endpoint(plan(), message(content=parts)) as endpoint:
+        assert talk(endpoint).roles() == "pv"
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("content", ["", None, " \n"])
+def test_an_unfinished_thought_says_so(field, content):
+    """Empty content beside a filled reasoning field."""
+    thought = message(content=content, **{field: f"So: {ACCEPT}"})
+    with Endpoint(plan(), *[thought] * 3) as endpoint:
+        with pytest.raises(c.Problem, match="content is empty: the thinking was not finished"):
+            talk(endpoint)
+
+
+def test_a_finished_thought_does_no_harm():
+    """It is not read."""
+    with Endpoint(plan(), message(reasoning=f"Not {REJECT}?")) as endpoint:
+        assert talk(endpoint).roles() == "pv"
+
+
+def test_an_error_with_status_200_is_shown():
+    """Gateways send such."""
+    error = 200, {"error": {"message": "the quota is used up", "code": 429}}
+    with Endpoint(*[error] * 3) as endpoint, pytest.raises(c.Problem, match="quota is used up"):
+        talk(endpoint)
+
+
+@pytest.mark.parametrize("usage, tokens_in, tokens_out", [
+    ({"prompt_tokens": 9000, "completion_tokens": 5, "total_tokens": 9800}, 9000, 800),
+    ({"prompt_tokens": 9000, "completion_tokens": 5}, 9000, 5), (None, 0, 0), ({}, 0, 0)])
+def test_thoughts_count_as_tokens(usage, tokens_in, tokens_out):
+    """They are billed, though not every endpoint counts them as completion."""
+    with Endpoint(plan(), chat(ACCEPT, usage=usage)) as endpoint:
+        cost = talk(endpoint).cost
+    assert (cost["tokens_in"]["verifier"], cost["tokens_out"]["verifier"]) == (
+        tokens_in, tokens_out)
+
+
+def test_a_trace_says_which_model_answered():
+    """And at which host."""
+    with Endpoint(plan(), "?", accept()) as endpoint:
+        calls = talk(endpoint).models.calls
+    answered = [(call.host, call.model) for call in calls if call.role != "vgm"]
+    assert answered == [(endpoint.host, "test-0926")] * 3
+
+
+def test_a_refusal_is_a_sentence_with_its_body(naps):
+    """Google's bodies are lists, which the client's own text hides."""
+    body = [{"error": {"message": "the key is bad", "status": "INVALID_ARGUMENT"}}]
+    with Endpoint((400, body)) as endpoint:
+        with pytest.raises(c.Problem, match=f"{endpoint.url} gave no usable answer .400.*INVALID"):
+            talk(endpoint)
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("page", ["no such page", "<html>" + "no such page " * 100])
+def test_an_error_names_the_whole_url(page):
+    """And says how a base URL usually ends, if this one does not."""
+    with Endpoint((404, page)) as endpoint:
+        url = endpoint.url.removesuffix("/v1") + "/some/path"
+        with pytest.raises(c.Problem, match=f"{url} gave.*404.*usually ends in /v1") as told:
+            go(vlm=c.OpenAIVLM(vlm="test", vlm_url=url))
+    assert len(str(told.value)) < 800
+
+
+def test_a_connection_error_has_its_cause(naps):
+    """'Connection error' alone says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    began = time.monotonic()
+    with pytest.raises(c.Problem, match=f"{url} gave .*Connection error.*refused"):
+        go(vlm=c.OpenAIVLM(vlm="test", vlm_url=url))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(status, naps):
+    """The pictures would go to a host that nobody named."""
+    with Endpoint(plan()) as other:
+        def redirect(handler):
+            handler.send(status, {}, Location=f"{other.url}/chat/completions")
+
+        with Endpoint(redirect) as endpoint, pytest.raises(c.Problem, match=str(status)):
+            talk(endpoint)
+    assert not other.requests
+
+
+@pytest.mark.parametrize("url", [
+    "localhost:8000/v1", "example.org/v1", "user:secret@example.org/v1", "ftp://example.org/v1",
+    "http:///v1", "/v1", "", "http://user:secret@example.org/v1", "http://example.org/v1?key=secret",
+    "http://[::1/v1", "http://example.org:80x/v1", "http://example.org:99999/v1"])
+def test_a_url_that_is_none_is_told_so(url):
+    """What is missing or too much, never a regular expression, never the secret in it."""
+    with pytest.raises(ValueError, match="vlm_url") as told:
+        c.OpenAIVLM(vlm_url=url)
+    told = str(told.value)
+    assert "secret" not in told and "match" not in told and "KeyError" not in told
+    if "http://" not in url:
+        assert "starts with http:// or https://" in told
+
+
+def test_googles_key_goes_to_googles_host_only(monkeypatch):
+    """Any other host gets OPENAI_API_KEY, or none."""
+    monkeypatch.setenv("GEMINI_API_KEY", "g")
+    monkeypatch.setenv("OPENAI_API_KEY", "o")
+
+    def key(**settings):
+        return c.OpenAIVLM(**settings).client.api_key
+
+    elsewhere = "http://example.org:80/generativelanguage.googleapis.com"
+    assert key() == "g" and key(vlm_url=elsewhere) == "o"
+    assert c.OpenAIVLM(vlm_url=elsewhere).host == "example.org:80"
+    assert key(vlm_url="http://generativelanguage.googleapis.com.evil.org") == "o"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert key(vlm_url="http://localhost:8000/v1") not in ("g", "o", "")
+    monkeypatch.setenv("GEMINI_API_KEY", " ")
+    monkeypatch.setenv("GOOGLE_API_KEY", "g2\n")
+    assert key() == "g2"
+
+
+def test_an_endpoints_url_may_change(tmp_path):
+    """Host and timeout do not change what a model says: the folder answers all the same."""
+    with Endpoint(plan(), accept()) as endpoint:
+        vlm = c.OpenAIVLM(vlm="test", vlm_url=endpoint.url)
+        go(vlm=vlm, folder=tmp_path)
+    moved = c.OpenAIVLM(vlm="test", vlm_url="http://127.0.0.1:9/v1", timeout=5)
+    assert go(vlm=moved, folder=tmp_path).status == "complete"
+    with pytest.raises(c.Problem, match="no usable answer"):
+        go(vlm=c.OpenAIVLM(vlm="other", vlm_url="http://127.0.0.1:9/v1"), folder=tmp_path)
+
+
+# ------------------------------------------------------------------------------
+# The command line
+
+MADE = []  # the seeds of Mine's clips
+
+
+@dataclass
+class Mine:
+    """A generator of one's own."""
+
+    shade: int = 40  # grey levels from seed to seed
+    api_token: str = "none"  # of its server
+
+    def __call__(self, frame, prompt, seconds, seed):
+        MADE.append(seed)
+        return painted(frame, seconds, self.shade * seed % 256)
+
+
+MINE = """\
+import os, sys
+from dataclasses import dataclass
+import numpy as np
+import collabvr
+
+@dataclass
+class Mine:
+    shade: int = 40  # grey levels from seed to seed
+
+    def __call__(self, frame, prompt, seconds, seed):
+        with open(os.environ["COUNT"], "a") as file:
+            file.write("x")
+        frames = np.repeat(frame[None], int(seconds * 4) + 1, 0)
+        frames[1:] = np.random.default_rng(seed).integers(0, 256, frames[1:].shape)
+        return collabvr.Clip(frames, 4)
+
+if __name__ == "__main__":
+    sys.exit(collabvr.main(Mine))
 """
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(I0).save(tmp_path / "x.png")
+    return str(tmp_path / "x.png")
 
 
 def spellings(secret):
@@ -1125,7 +2150,7 @@ def spellings(secret):
 
 
 def written(folder):
-    return b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 def trace(tmp_path):
@@ -1133,459 +2158,388 @@ def trace(tmp_path):
 
 
 @pytest.fixture
-def job(tmp_path, picture, monkeypatch, capsys):
-    """The arguments of a whole run with a generator from a file; COUNT counts its calls. Whatever
-    a test does with it, the key is found neither in what was written nor in what was printed."""
-    (tmp_path / "gen.py").write_text(GENERATOR)
-    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+def job(tmp_path, picture, monkeypatch, capsys, caplog):
+    """The arguments of a run. Whatever a test does with it, its key is found neither in what was
+    written nor in what was printed."""
+    caplog.set_level("INFO", "collabvr")
+    (tmp_path / "mine.py").write_text(MINE)
+    MADE.clear()
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    yield ["--image", picture, "--task", "t", "--out", str(tmp_path / "out"),
-           "--vgm", f"{tmp_path / 'gen.py'}:painter", "--vlm", "test",
+    monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+    before = signal.getsignal(signal.SIGTERM)
+    yield ["--image", picture, "--task", "t", "--out", str(tmp_path / "out"), "--vlm", "test",
            "--seconds-first", "2", "--seconds-next", "1"]
+    signal.signal(signal.SIGTERM, before)
     seen = "".join(capsys.readouterr()).encode() + written(tmp_path / "out")
     assert not [text for text in spellings("sk-secret-123") if text in seen]
 
 
-def test_a_whole_run_over_http_with_429_500_503_a_cut_connection_and_a_hang(
-        job, tmp_path, capsys, monkeypatch):
-    naps, real, main = [], time.sleep, threading.main_thread()
-    monkeypatch.setattr(time, "sleep", lambda s: (
-        real(s) if threading.current_thread() is not main else naps.append(s)))
-    overloaded = [{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}]
-    faults = [lambda h: h.send(429, {"error": {}}, Retry_After="2"), (500, {}), (503, overloaded),
-              cut, hang, None, "Accept."]
-    replies = [*faults[:5], plan(left=2), *faults[5:], accept("partial"), plan(), accept()]
-    with Endpoint(*replies) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url, "--timeout", "0.5"]) == 0
+def swapped(argv, name, value):
+    """The arguments, with another value for one of them."""
+    at = argv.index(name)
+    return [*argv[: at + 1], str(value), *argv[at + 2 :]]
+
+
+def process(tmp_path, argv, **options):
+    """The same command in a process of its own. A background job's deafness for Ctrl-C ends here."""
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        limit = options.pop("limit", None)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.Popen([sys.executable, str(tmp_path / "mine.py"), *argv], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare)
+
+
+def ended(running):
+    """(exit status, stdout, stderr)"""
+    with running:
+        out, err = running.communicate(timeout=100)
+    return running.returncode, out, err
+
+
+def refused(capsys, argv, vgm=Mine):
+    """What bad input is told: a sentence or tyro's box, status 2, and nothing else."""
+    capsys.readouterr()
+    try:
+        status = c.main(vgm, [str(word) for word in argv])
+    except SystemExit as stopped:  # tyro's box
+        status = stopped.code
     out, err = capsys.readouterr()
-    assert re.search("^status +complete$", out, re.MULTILINE) and len(naps) >= 5 and 2.0 in naps
+    assert status == 2 and out == "" and "Traceback" not in err and "KeyError" not in err
+    assert err.startswith("╭") or err.startswith("collabvr: ") and err.count("\n") == 1
+    return " ".join(err.replace("│", " ").split())
+
+
+def test_a_run_ends_in_a_video_and_its_cost(job, tmp_path, capsys):
+    """Exit status 0, and what it came to on stdout."""
+    with Endpoint(plan(left=2), reject(), accept("partial"), plan(), accept()) as endpoint:
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
+    out, _ = capsys.readouterr()
+    told = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert told["status"] == "complete" and told["unverified_steps"] == "[]"
+    assert (told["clips"], told["steps"], told["regenerations"]) == ("3", "2", "1")
+    assert told["vgm_seconds"] == "5.0" and told["video"] == str(tmp_path / "out" / "video.mp4")
     assert endpoint.requests[0][0] == "Bearer sk-secret-123"
-    body = endpoint.requests[-1][1]
-    assert body["temperature"] == 0.2
-    assert body["response_format"]["json_schema"]["name"] == "Verification"
-    done = trace(tmp_path)
-    assert done["status"] == "complete" and done["cost"]["vgm_seconds"] == 3
-    assert done["cost"]["calls"] == {"planner": 2, "vgm": 2, "verifier": 4}
-    assert [x["reply"]["verdict"] for x in done["calls"] if x["role"] == "verifier" and (
-        "reply" in x)] == ["accept", "accept"]
-    assert b"sk-secret" not in written(tmp_path / "out") and "sk-secret" not in out + err
-    # the same command again needs neither endpoint nor key nor generator
+    assert decoded(tmp_path / "a.mp4", Path(told["video"]).read_bytes())[0].shape[0] == 13
+
+
+def test_the_same_command_replays(job, tmp_path, monkeypatch):
+    """Without key, endpoint or generator, to the same trace."""
+    with Endpoint(plan(), accept()) as endpoint:
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
     monkeypatch.delenv("OPENAI_API_KEY")
-    before = (tmp_path / "count").read_text()
-    assert c.main([*job, "--vlm-url", endpoint.url, "--timeout", "0.5"]) == 0
-    assert (tmp_path / "count").read_text() == before
-    assert trace(tmp_path) == done
-
-
-def test_the_trace_says_which_host_and_model_answered_and_keeps_the_settings_but_no_secret(
-        job, tmp_path):
-    (tmp_path / "gen.py").write_text(GENERATOR + """
-class Own:
-    def __init__(self, style, api_key): assert (style, api_key) == ("flat=1", "k-secret")
-    def __call__(self, *request): return painter(*request)
-""")
-    job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:Own"
-    with Endpoint(plan(), "?", accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url, "--M", "2", "--vgm-arg", "style=flat=1",
-                       "--vgm-arg", "api_key=k-secret"]) == 0
     done = trace(tmp_path)
-    assert [(x["host"], x["model"]) for x in done["calls"] if x["role"] != "vgm"] == [
-        (endpoint.host, "test-0926")] * 3
-    assert done["settings"]["vgm_arg"] == {"style": "flat=1", "api_key": "***"}
-    assert done["settings"]["M"] == 2 and done["settings"]["vlm_url"] == endpoint.url
+    assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
+    assert MADE == [0] and trace(tmp_path) == done
+
+
+def test_an_own_generators_fields_are_options(job, capsys):
+    """With type, default and the comment behind the field as help."""
+    with pytest.raises(SystemExit) as stopped:
+        c.main(Mine, ["--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stopped.value.code == 0 and "--shade INT" in told
+    assert "grey levels from seed to seed (default: 40)" in told
+    assert "--offload" not in told and "--sampling-steps" not in told
+    assert "--shade" in refused(capsys, [*job, "--shade", "dark"])
+    assert "--fps" in refused(capsys, [*job, "--fps", "8"]), "an option of Wan's"
+
+
+def test_a_trace_records_what_was_used(job, tmp_path):
+    """The fields of one's own, and nothing of Wan's; of a secret, that there was one."""
+    with Endpoint(plan(), accept()) as endpoint:
+        argv = [*job, "--vlm-url", endpoint.url, "--shade", "50", "--M", "2", "--seed", "1"]
+        assert c.main(Mine, [*argv, "--api-token", "k-secret-9"]) == 0
+    done = trace(tmp_path)
+    chosen = done["settings"]
+    assert (chosen["shade"], chosen["M"], chosen["seed"]) == (50, 2, 1)
+    assert chosen["vlm_url"] == endpoint.url and chosen["api_token"] == "***"
+    assert set(chosen) == {"shade", "api_token", "seed", *c.Config.__dataclass_fields__,
+                           *c.OpenAIVLM.__dataclass_fields__}
     assert done["task"] == "t" and done["image"] == job[1]
-    assert b"k-secret" not in written(tmp_path / "out")
+    assert b"k-secret-9" not in written(tmp_path / "out")
 
 
-def test_an_endpoint_that_refuses_ends_the_run_in_one_sentence_and_the_next_start_goes_on(
-        job, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda s: None)
-    refusal = (400, [{"error": {"message": "bad key sk-secret-123", "status": "INVALID_ARGUMENT"}}])
+def test_a_file_of_ones_own_is_a_command(job, tmp_path):
+    """`sys.exit(collabvr.main(Mine))` at its end, from any folder."""
+    with Endpoint(plan(), accept()) as endpoint:
+        argv = [*job, "--vlm-url", endpoint.url, "--shade", "50"]
+        status, out, err = ended(process(tmp_path, argv))
+    assert status == 0 and re.search("^status +complete$", out, re.MULTILINE), err
+    assert trace(tmp_path)["settings"]["shade"] == 50
+    assert "will see the pictures. At worst: 12 clips, 17.0 s" in err and "18 VLM calls" in err
+
+
+XT = ["--image", "X", "--task", "t"]  # X becomes the picture
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--task", "t"], "--image"),
+    (["--image", "nowhere.png", "--task", "t"], "nowhere.png: there is no such file"),
+    (["--image", __file__, "--task", "t"], "cannot be read as a picture"),
+    (["--image", "X", "--task", "  "], "task is empty"),
+    (["--image", "X", "--task", "move \udcff"], "no valid text"),
+    ([*XT, "--N-max", "0"], "N_max"), ([*XT, "--N-max", "99999999999"], "N_max"),
+    ([*XT, "--M", "two"], "--M"), ([*XT, "--seconds-first", "nan"], "seconds_first"),
+    ([*XT, "--on-exhausted", "stop"], "--on-exhausted"),
+    ([*XT, "--video-input", "video"], "--video-input"),
+    ([*XT, "--request-extra", "{"], "request_extra"),
+    ([*XT, "--request-extra", "[]"], "not a JSON object"),
+    ([*XT, "--colour"], "--colour"), ([*XT, "--n-max", "2"], "--n-max"),
+    (XT, "No API key for generativelanguage.googleapis.com: set GEMINI_API_KEY"),
+    ([*XT, "--vlm-url", "localhost:8000/v1"], "starts with http:// or https://"),
+    ([*XT, "--vlm-url", "http://user:secret@example.org/v1"], "no user, password or query"),
+    ([*XT, "--vlm-url", "http://example.org/v1?key=secret"], "no user, password or query"),
+    ([*XT, "--vlm-url", "http://[::1/v1"], "vlm_url"),
+])
+def test_bad_input_is_told_so(argv, told, job, capsys, picture, tmp_path, monkeypatch):
+    """Exit status 2, no traceback, nothing written."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    out = ["--out", tmp_path / "out"] if "X" in argv else []
+    sentence = refused(capsys, [picture if word == "X" else word for word in argv] + out)
+    assert told in sentence and "secret" not in sentence and not MADE
+    assert not list(tmp_path.glob("out/*.*l*")), "neither a call nor a clip"
+
+
+@pytest.mark.parametrize("argv, told", [
+    ([*XT, "--fps", "-1"], "fps"), ([*XT, "--offload", "auto"], "--offload"),
+    ([*XT, "--vgm", "no/such/folder"], "neither a folder nor a hub id"),
+    ([*XT, "--vgm", str(ROOT)], "no diffusers checkpoint: it has no model_index.json")])
+def test_a_wrong_checkpoint_is_told_so(argv, told, job, capsys, picture, tmp_path):
+    """Before any model is called."""
+    with Endpoint() as endpoint:
+        argv = [picture if word == "X" else word for word in argv]
+        argv += ["--vlm-url", endpoint.url, "--out", tmp_path / "out"]
+        assert told in refused(capsys, argv, c.Wan)
+    assert not endpoint.requests
+
+
+def test_a_generator_that_cannot_work_says_so(job, capsys):
+    """Its `check` is called before anything is paid for."""
+    @dataclass
+    class Broken(Mine):
+        def check(self):
+            raise c.Problem("Its server is not there.")
+
+    with Endpoint() as endpoint:
+        assert "Its server is not there." in refused(
+            capsys, [*job, "--vlm-url", endpoint.url], Broken)
+    assert not endpoint.requests
+
+
+def test_a_missing_endpoint_is_told_so(job, capsys, naps):
+    """Nothing was kept, and nothing else is said."""
+    url = "http://127.0.0.1:9/v1"
+    told = refused(capsys, [*job, "--vlm-url", url])
+    assert f"{url} gave no usable answer" in told and "goes on" not in told
+
+
+def test_an_endpoint_that_stops_ends_the_run(job, tmp_path, capsys):
+    """Status 1 after a model has answered; the next start goes on."""
+    refusal = 400, [{"error": {"message": "bad key sk-secret-123", "status": "INVALID_ARGUMENT"}}]
     with Endpoint(plan(left=2), accept(), refusal) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 1
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 1
     err = capsys.readouterr().err
-    assert "INVALID_ARGUMENT" in err and "Traceback" not in err and "sk-secret" not in err
-    assert f"{endpoint.url} gave no usable answer (400" in err
-    assert "the same command goes on" in err
+    assert f"{endpoint.url} gave no usable answer (400" in err and "INVALID_ARGUMENT" in err
+    assert "same command goes on" in err and "***" in err and err.count("\n") == 1
     assert not (tmp_path / "out" / "video.mp4").exists()
     with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert len((tmp_path / "count").read_text()) == 2
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
+    assert MADE == [0, 1]
 
 
-def test_that_the_same_command_goes_on_is_said_only_when_something_was_kept(job, capsys):
-    with Endpoint((400, {"error": "no"})) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 1
-    assert "goes on" not in capsys.readouterr().err
+def test_a_generator_that_raises_ends_the_run(job, capsys, caplog):
+    """Status 1, a sentence, and its traceback in the log."""
+    @dataclass
+    class Broken(Mine):
+        def __call__(self, *request):
+            return undefined_thing  # noqa: F821
 
-
-@pytest.mark.parametrize("page", ["no such page", "<html>" + "no such page " * 100])
-def test_an_error_names_the_whole_url_and_a_404_says_how_a_base_url_usually_ends(
-        page, job, capsys):
-    with Endpoint((404, page)) as endpoint:
-        endpoint.models = 404, page
-        url = endpoint.url.removesuffix("/v1") + "/some/path"
-        said = bad(capsys, *job, "--vlm-url", url)
-    assert url in said and "404" in said and "usually ends in /v1" in said
-
-
-def test_a_missing_endpoint_is_noticed_within_ten_seconds(job, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    began = time.monotonic()
-    assert f"http://127.0.0.1:{port}/v1" in bad(capsys, *job, "--vlm-url",
-                                               f"http://127.0.0.1:{port}/v1")
-    assert time.monotonic() - began < 10
-
-
-@pytest.mark.parametrize("listed", [
-    (200, {"object": "list", "data": []}), (404, {"detail": "Not Found"}), (500, "oops"),
-    (200, {"object": "list", "data": [{"id": "other", "object": "model", "created": 0,
-                                       "owned_by": "x"}]})])
-def test_an_endpoint_that_does_not_list_the_model_is_asked_for_a_word_and_not_refused(
-        listed, job):
-    with Endpoint("ok", plan(), accept()) as endpoint:
-        endpoint.models = listed
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    word, *others = [body for _, body in endpoint.requests]
-    assert word["model"] == "test" and len(json.dumps(word)) < 300 and len(others) == 2
-
-
-def test_an_endpoint_that_hangs_up_after_a_failed_list_of_models_is_asked_once_more(job):
-    with Endpoint(cut, "ok", plan(), accept()) as endpoint:
-        endpoint.models = 500, "oops"
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert len(endpoint.requests) == 4
-
-
-def test_an_unknown_model_is_noticed_before_anything_is_paid_for(job, capsys, tmp_path):
-    with Endpoint((404, {"error": {"message": "no model 'other'"}})) as endpoint:
-        said = bad(capsys, *job, "--vlm-url", endpoint.url, "--vlm", "other")
-        assert "no model 'other'" in said and endpoint.url in said
-    assert not (tmp_path / "out").exists()
-
-
-YES = json.dumps(accept())
-NO_MESSAGE = [{"index": 0, "finish_reason": "stop", "message": None}]
-SAID = {"role": "assistant", "content": YES}
-CUT_OFF = [{"index": 0, "finish_reason": "length", "message": SAID}]
-FILTERED = [{"index": 0, "finish_reason": "content_filter", "message": SAID}]
-REFUSED = [{"index": 0, "finish_reason": "stop", "message": SAID | {"refusal": "I cannot"}}]
-
-
-@pytest.mark.parametrize("odd", [
-    chat(YES, choices=[]), chat(YES, choices=None), chat(YES, choices=NO_MESSAGE),
-    chat(YES, choices=CUT_OFF), chat(YES, choices=FILTERED), chat(YES, choices=REFUSED),
-    chat(None), chat([YES]), chat(""),
-    chat("Accept."), chat(YES[:-20]), chat(YES + YES), chat(f"No: {YES} or rather {{}}"),
-    chat(YES.replace("accept", "maybe")), chat(YES.replace("accept", "Accept.")),
-    chat(YES.replace("1.0", "1.7")), chat(YES.replace("1.0", "NaN")),
-    chat(YES.replace("1.0", '"1.0"')), chat(YES.replace("as planned", "\\ud83d")),
-    chat(YES.replace('"confidence"', '"verdict": "accept", "confidence"')),
-    chat(YES.replace("true", "false")), chat(YES.replace("complete", "none")),
-    chat("x" * 10_000_000), chat("[" * 100_000), (200, "<html>busy</html>"),
-    lambda h: h.send(200, "{", Content_Type="application/json"),
-], ids=lambda x: None)
-def test_an_odd_answer_is_asked_for_again_and_never_an_accept(odd, job, tmp_path):
-    with Endpoint(plan(left=1), odd, reject(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    judged = [x for x in trace(tmp_path)["calls"] if x["role"] == "verifier"]
-    assert ["fault" in x for x in judged] == [True, False, False]
-    assert [x["reply"]["verdict"] for x in judged[1:]] == ["reject", "accept"]
-    assert len(endpoint.requests) == 4
-
-
-def test_replies_in_fences_with_markup_or_without_usage_are_taken_as_they_are(job, tmp_path):
-    markup = accept() | {"reason": "<b>\x1b[2J\x07\u202e</b> ![x](http://example.org)"}
-    fenced = f"```json\n{json.dumps(markup)}\n```"
-    with Endpoint(plan(), chat(fenced, usage=None)) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert trace(tmp_path)["calls"][-1]["reply"]["reason"] == markup["reason"]
-
-
-def test_nothing_that_a_model_says_can_steer_the_terminal(job):
-    sly = accept() | {"reason": "\x1b[2J\x1b]0;owned\x07\u202e"}
-    with Endpoint(plan(), sly) as endpoint:
-        status, out, err = cli(*job, "--vlm-url", endpoint.url, OPENAI_API_KEY="k")
-    assert status == 0 and "[2J" in err and not {"\x1b", "\x07", "\u202e"} & set(out + err)
-
-
-def test_thoughts_that_an_endpoint_does_not_count_as_completion_are_counted(job, tmp_path):
-    usage = {"prompt_tokens": 9000, "completion_tokens": 5, "total_tokens": 9800}
-    with Endpoint(plan(), chat(YES, usage=usage)) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert trace(tmp_path)["cost"]["tokens_out"]["verifier"] == 800
-
-
-def test_a_generator_that_raises_shows_its_traceback_on_stderr(job, tmp_path):
-    (tmp_path / "gen.py").write_text("def painter(*request): return undefined_thing")
     with Endpoint(plan()) as endpoint:
-        status, _, err = cli(*job, "--vlm-url", endpoint.url)
-    assert status == 1 and "Traceback (most recent call last)" in err
-    assert f'File "{tmp_path / "gen.py"}", line 1, in painter' in err
-    last = [line for line in err.splitlines() if line.startswith("collabvr: ")]
-    assert len(last) == 1 and "failed twice in a row (NameError" in last[0]
+        assert c.main(Broken, [*job, "--vlm-url", endpoint.url]) == 1
+    assert "failed twice in a row (NameError" in capsys.readouterr().err
+    assert "Traceback" in caplog.text and "return undefined_thing" in caplog.text
 
 
-def test_a_key_that_an_endpoint_or_a_generator_repeats_is_printed_and_written_nowhere(
-        job, tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_TOKEN", "t-secret-456")
-    (tmp_path / "gen.py").write_text(
-        "import os\ndef painter(*a): raise ValueError('no ' + os.environ['MY_TOKEN'])")
-    refusal = (401, {"error": {"message": "x" * 260 + "bad key sk-secret-123 is not valid"}})
-    said = ""
-    with Endpoint(plan(), refusal) as endpoint:
-        for task in ("t", "u"):
-            job[job.index("--task") + 1] = task
-            job[job.index("--out") + 1] = str(tmp_path / "out" / task)
-            status, *streams = cli(*job, "--vlm-url", endpoint.url, OPENAI_API_KEY="sk-secret-123")
-            said += "".join(streams)
-            assert status == 1
-    assert "failed twice" in said and "401" in said and "***" in said
-    for secret in ("sk-secret", "t-secret"):
-        assert secret not in said and secret.encode() not in written(tmp_path / "out")
+def test_another_task_in_the_folder_is_refused(job, capsys):
+    """Status 2: no model was called."""
+    with Endpoint(plan(), accept()) as endpoint:
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
+    told = refused(capsys, [*swapped(job, "--task", "another"), "--vlm-url", endpoint.url])
+    assert "another picture or task" in told
 
 
-def test_an_edited_generator_or_another_one_in_the_same_folder_is_not_taken_for_the_first(
-        job, tmp_path):
-    with Endpoint(plan(), accept(), accept(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-        (tmp_path / "gen.py").write_text(GENERATOR.replace("40", "40 + 1"))
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-        (tmp_path / "gen.py").write_text(GENERATOR.replace("40", "40 + 2") + "other = painter")
-        job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:other"
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0  # nothing has changed
-    assert (tmp_path / "count").read_text() == "xxx"
+@pytest.mark.parametrize("place", ["x.png", "x.png/run", "/proc/no-such-folder/run"])
+def test_a_folder_that_cannot_be_made_is_told_so(job, tmp_path, capsys, place):
+    """A file of that name, or no right to."""
+    argv = [*swapped(job, "--out", tmp_path / place), "--vlm-url", "http://127.0.0.1:9/v1"]
+    assert str(tmp_path / place) in refused(capsys, argv)
 
 
-def test_arguments_of_any_name_tell_generators_apart_beside_the_code_of_their_file(tmp_path):
-    (tmp_path / "gen.py").write_text("class G:\n  def __init__(self, code, name): pass\n"
-                                     "  def __call__(self, *request): pass\n")
-
-    def identity(**given):
-        return json.dumps(c.load_generator(c.Wan(f"{tmp_path / 'gen.py'}:G"), given).identity)
-
-    pairs = ("a", "b"), ("b", "b"), ("a", "a")
-    seen = {identity(code=code, name=name) for code, name in pairs}
-    with open(tmp_path / "gen.py", "a") as file:
-        file.write("# edited")
-    assert len(seen | {identity(code="a", name="b")}) == 4
-
-
-def test_another_command_gets_another_default_folder_and_the_same_one_goes_on_in_its_own(
-        job, tmp_path, monkeypatch):
+def test_each_command_has_a_default_folder(job, tmp_path, monkeypatch):
+    """Another setting, another folder; the same command goes on in its own."""
     monkeypatch.chdir(tmp_path)
     at = job.index("--out")
-    job[at : at + 2] = []
-    commands = [[], ["--M", "2"], ["--seed", "3"], ["--fps", "8"], ["--temperature", "None"]]
-    with Endpoint(*[x for _ in commands for x in (plan(), accept())]) as endpoint:
-        for others in commands:
-            assert c.main([*job, "--vlm-url", endpoint.url, *others]) == 0
-        folders = {p: (p / "video.mp4").stat().st_ino for p in Path("runs").iterdir()}
-        assert len(folders) == len(commands) == len((tmp_path / "count").read_text())
-        assert c.main([*job, "--vlm-url", endpoint.url, "--M", "2"]) == 0
-    assert set(Path("runs").iterdir()) == set(folders) and len(endpoint.requests) == 10
+    argv = [*job[:at], *job[at + 2 :]]
+    commands = [[], ["--M", "2"], ["--seed", "3"], ["--shade", "8"], ["--temperature", "None"]]
+    with Endpoint(*[reply for _ in commands for reply in (plan(), accept())]) as endpoint:
+        for others in [*commands, ["--M", "2"]]:
+            assert c.main(Mine, [*argv, "--vlm-url", endpoint.url, *others]) == 0
+    folders = list(Path("runs").iterdir())
+    assert len(folders) == len(commands) == len(MADE) and len(endpoint.requests) == 10
+    assert all(re.fullmatch(r"x-[0-9a-f]{8}", folder.name) for folder in folders)
 
 
-def test_a_generator_can_be_a_class_with_arguments_in_a_file_with_postponed_annotations(
-        job, tmp_path):
-    (tmp_path / "gen.py").write_text("from __future__ import annotations\n" + GENERATOR + """
-from dataclasses import dataclass
-@dataclass
-class Painter:
-    colour: str
-    fps: int = 4
-    def __call__(self, *request):
-        assert self.colour == "a=b"
-        return painter(*request)
-""")
-    job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:Painter"
-    with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url, "--vgm-arg", "colour=a=b"]) == 0
+def test_secrets_are_printed_and_written_nowhere(job, tmp_path, capsys, monkeypatch, caplog):
+    """Though a generator and an endpoint repeat them."""
+    monkeypatch.setenv("MY_TOKEN", 't-"secret\\456')
+
+    @dataclass
+    class Telltale(Mine):
+        def __call__(self, *request):
+            raise ValueError(f"no {os.environ['MY_TOKEN']} and sk-secret-123")
+
+    repeated = reject(reason="sk-secret-123", suggestion=os.environ["MY_TOKEN"])
+    refusal = 401, {"error": {"message": "x" * 260 + "bad key sk-secret-123 is not valid"}}
+    with Endpoint(plan(), plan(), repeated, refusal) as endpoint:
+        argv = [*job, "--vlm-url", endpoint.url]
+        assert c.main(Telltale, argv) == 1
+        assert c.main(Mine, swapped(argv, "--out", tmp_path / "out" / "2")) == 1
+    told = "".join(capsys.readouterr())
+    told += "".join(c.CleanFormatter().format(record) for record in caplog.records)
+    assert "failed twice" in told and "401" in told and "***" in told
+    for secret in ("sk-secret", "secret\\456", "secret\\\\456"):
+        assert secret not in told and secret.encode() not in written(tmp_path / "out")
 
 
-def test_a_generator_finds_what_lies_beside_its_file(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "beside_gen.py").write_text("shade = 40\n")
-    (tmp_path / "gen.py").write_text("import beside_gen\n" + GENERATOR)
-    with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-
-
-def test_a_class_that_says_what_changes_its_answers_keeps_its_clips_when_something_else_changes(
-        job, tmp_path):
-    (tmp_path / "gen.py").write_text(GENERATOR + """
-class Served:
-    def __init__(self, url, fps="4"):
-        self.identity = {"fps": fps}
-    def __call__(self, *request):
-        return painter(*request)
-""")
-    job[job.index("--vgm") + 1] = f"{tmp_path / 'gen.py'}:Served"
-    with Endpoint(plan(), accept(), accept()) as endpoint:
-        for given in (["url=a"], ["url=b"], ["url=b", "fps=5"]):
-            given = [x for name in given for x in ("--vgm-arg", name)]
-            assert c.main([*job, "--vlm-url", endpoint.url, *given]) == 0
-    assert (tmp_path / "count").read_text() == "xx"
-
-
-def test_a_page_in_place_of_the_list_of_models_is_noticed(job, capsys):
-    page = 200, "<html>hello</html>"
-    with Endpoint(page) as endpoint:
-        endpoint.models = page
-        assert "gave no usable answer" in bad(capsys, *job, "--vlm-url", endpoint.url)
-
-
-def test_clips_can_be_sent_as_raw_video_and_extra_fields_as_json(job):
-    with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url, "--video-input", "video",
-                       "--temperature", "None", "--request-extra", '{"top_k": 5}']) == 0
-    body = endpoint.requests[-1][1]
-    assert "temperature" not in body and body["top_k"] == 5
-    kinds = [piece["type"] for piece in body["messages"][1]["content"]]
-    assert kinds.count("video_url") == 1 and kinds.count("image_url") == 1
-
-
-def test_media_that_an_endpoint_drops_are_noticed(job, caplog):
-    few = {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35}
-    with Endpoint(plan(), chat(YES, usage=few)) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert len(re.findall("30 tokens for .* drop them", caplog.text)) == 1
-
-
-def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(job, tmp_path):
-    import resource
-
-    (tmp_path / "gen.py").write_text(GENERATOR.replace(
-        "seed * 40", "np.random.default_rng(seed).integers(0, 256, frames[1:, :8].shape)"))
-    with Endpoint(plan(), accept()) as endpoint:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "collabvr.py"), *job, "--vlm-url", endpoint.url],
-            check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)))
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert "File too large" in done.stderr and "same command goes on" in done.stderr
-        assert not list((tmp_path / "out").rglob("*.m[pk][4v]"))
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert len(endpoint.requests) == 2  # the plan was safe
-    assert (tmp_path / "count").read_text() == "xx"  # the clip could not be kept
-
-
-def test_google_keys_go_to_googles_host_only(monkeypatch):
-    monkeypatch.setenv("GEMINI_API_KEY", "g"), monkeypatch.setenv("OPENAI_API_KEY", "o")
-
-    def key(**settings):
-        with c.OpenAIVLM(**settings).client() as client:
-            return client.api_key
-
-    assert key() == "g"
-    elsewhere = "http://example.org:80/generativelanguage.googleapis.com"
-    assert key(vlm_url=elsewhere) == "o" and c.OpenAIVLM(vlm_url=elsewhere).host == "example.org:80"
-    assert key(vlm_url="http://generativelanguage.googleapis.com.evil.org") == "o"
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert key(vlm_url="http://localhost:8000/v1") not in ("g", "o", "")
-
-
-def test_blanks_around_a_key_are_no_part_of_it_and_it_is_masked_without_them(job, monkeypatch):
+def test_blanks_around_a_key_are_no_part_of_it(job, monkeypatch):
+    """And it is masked without them."""
     monkeypatch.setenv("OPENAI_API_KEY", " sk-secret-123\n")
     with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
+        assert c.main(Mine, [*job, "--vlm-url", endpoint.url]) == 0
     assert {key for key, _ in endpoint.requests} == {"Bearer sk-secret-123"}
     assert c.clean("no such key: sk-secret-123!") == "no such key: ***!"
 
 
-def test_a_dry_run_checks_everything_and_generates_nothing(job, tmp_path, capsys, caplog):
-    with Endpoint() as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url, "--dry-run"]) == 0
-    assert "Nothing was generated" in capsys.readouterr().out
-    assert f"{endpoint.host} will see the pictures. At worst: 12 clips, 17.0 s" in caplog.text
-    assert "18 VLM calls" in caplog.text
-    assert not (tmp_path / "out").exists() and not (tmp_path / "count").exists()
+def test_a_narrow_terminal_spoils_nothing(job, tmp_path):
+    """ASCII only, a picture called 猫.png, and a reply that would steer the terminal."""
+    sly = {**accept(), "reason": "猫 \x1b[2J\x1b]0;owned\x07\u202e"}
+    cat = tmp_path / "猫.png"
+    shutil.copy(job[1], cat)
+    argv = swapped(swapped(job, "--image", cat), "--out", tmp_path / "out" / "猫")
+    ascii_only = {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C.UTF-8"}
+    with Endpoint(plan(), sly) as endpoint:
+        argv += ["--vlm-url", endpoint.url]
+        status, out, err = ended(process(tmp_path, argv, env=ascii_only))
+    assert status == 0, err
+    assert "video " in out and (tmp_path / "out" / "猫" / "video.mp4").exists()
+    assert "[2J" in err and not {"\x1b", "\x07", "\u202e"} & set(out + err)
 
 
-def test_another_task_in_the_same_folder_is_refused(job, capsys):
+def test_importing_and_help_are_light():
+    """No heavy package is imported, and help names the paper's sections."""
+    heavy = ["torch", "diffusers", "transformers", "openai"]
+    code = (f"import sys, collabvr\ntry: collabvr.main(argv=['--help'])\n"
+            f"except SystemExit: print([m for m in {heavy} if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True,
+                          cwd=ROOT)
+    assert done.stdout.endswith("[]\n"), done.stderr
+    for word in ("--on-exhausted", "App. A.1", "--offload", "frames per second", "run folder"):
+        assert word in done.stdout
+
+
+def wait_for(endpoint, requests):
+    while len(endpoint.requests) < requests:
+        time.sleep(0.02)
+
+
+def made_by_process(tmp_path):
+    return len((tmp_path / "count").read_text())
+
+
+def test_sigterm_ends_like_ctrl_c(job, tmp_path, capsys):
+    """130 and a sentence. Until then, no other process may use the folder; then the next goes on."""
+    with Endpoint(plan(), lambda handler: time.sleep(3), accept()) as endpoint:
+        argv = [*job, "--vlm-url", endpoint.url]
+        running = process(tmp_path, argv)
+        wait_for(endpoint, 2)
+        assert "is in use by another process" in refused(capsys, argv)
+        running.send_signal(signal.SIGTERM)
+        status, _, err = ended(running)
+        assert status == 130 and "Interrupted." in err and "goes on" in err
+        assert "Traceback" not in err
+        assert ended(process(tmp_path, argv))[0] == 0
+    assert made_by_process(tmp_path) == 1 and len(endpoint.requests) == 3
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_loses_one_call_at_most(job, tmp_path, sent):
+    """The one that was under way. Ctrl-C and kill -9."""
+    with Endpoint(plan(), lambda handler: time.sleep(3), accept()) as endpoint:
+        argv = [*job, "--vlm-url", endpoint.url]
+        running = process(tmp_path, argv)
+        wait_for(endpoint, 2)
+        running.send_signal(sent)
+        assert ended(running)[0] == (130 if sent == signal.SIGINT else -9)
+        assert ended(process(tmp_path, argv))[0] == 0
+    assert made_by_process(tmp_path) == 1 and len(endpoint.requests) == 3
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence(job, tmp_path):
+    """And loses nothing that was paid for before."""
     with Endpoint(plan(), accept()) as endpoint:
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    capsys.readouterr()
-    job[job.index("--task") + 1] = "another"
-    said = bad(capsys, *job, "--vlm-url", endpoint.url)
-    assert "a run with another image or task" in said
+        argv = [*job, "--vlm-url", endpoint.url]
+        status, _, err = ended(process(tmp_path, argv, limit=5000))
+        assert status == 1 and "Traceback" not in err, err
+        assert "File too large" in err and "same command goes on" in err
+        assert not list((tmp_path / "out").rglob("*.m[pk][4v]"))
+        assert ended(process(tmp_path, argv))[0] == 0
+    assert len(endpoint.requests) == 2, "the plan was safe"
+    assert made_by_process(tmp_path) == 2, "the clip could not be kept"
 
 
-def start(job, endpoint):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "collabvr.py"), *job, "--vlm-url", endpoint.url],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+# ------------------------------------------------------------------------------
+# Anything: property-based
 
-
-def test_a_second_process_on_one_folder_is_refused_and_sigterm_leaves_the_folder_to_the_next(
-        job, tmp_path, capsys):
-    with Endpoint(plan(), lambda handler: time.sleep(3), accept()) as endpoint:
-        with start(job, endpoint) as other:
-            while len(endpoint.requests) < 2:
-                time.sleep(0.02)
-            refused = bad(capsys, *job, "--vlm-url", endpoint.url)
-            assert "is in use, here or by another process" in refused
-            other.send_signal(signal.SIGTERM)
-            err = other.stderr.read()
-            assert "Interrupted" in err and "Traceback" not in err and "goes on" in err
-        assert other.returncode == 130
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert (tmp_path / "count").read_text() == "x" and len(endpoint.requests) == 3
-
-
-def test_kill_9_loses_at_most_the_call_under_way(job, tmp_path):
-    with Endpoint(plan(), lambda handler: time.sleep(3), accept()) as endpoint:
-        with start(job, endpoint) as other:
-            while len(endpoint.requests) < 2:
-                time.sleep(0.02)
-            other.kill()
-        assert c.main([*job, "--vlm-url", endpoint.url]) == 0
-    assert (tmp_path / "count").read_text() == "x" and len(endpoint.requests) == 3
-
-
-# ------------------------------------------------------------------------------------- anything
-
-
-quick = hypothesis.settings(
-    max_examples=200 if "COLLABVR_SLOW" in os.environ else 25, deadline=None,
+anything_goes = hypothesis.settings(
+    max_examples=200 if SLOW else 25, deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck))
-words = st.text(st.characters(exclude_characters="\0"))
-
-
-@pytest.fixture(scope="module")
-def listener():
-    with Endpoint() as endpoint:
-        yield endpoint.url
-
-
-@quick
-@hypothesis.given(task=words, name=st.sampled_from([
+texts = st.text(st.characters(exclude_characters="\0"))
+OPTIONS = [
     "--N-max", "--M", "--seconds-first", "--seconds-next", "--seed", "--temperature",
     "--verify-fps", "--timeout", "--request-extra", "--on-exhausted", "--video-input", "--fps",
-    "--sampling-steps", "--guidance-scale", "--offload", "--vlm-url", "--vgm-arg"]),
-    value=words | st.floats().map(str) | st.integers().map(str))
+    "--sampling-steps", "--guidance-scale", "--offload", "--vlm-url", "--vgm", "--vlm"]
+
+
+@anything_goes
+@hypothesis.given(task=texts, name=st.sampled_from(OPTIONS),
+                  value=texts | st.floats().map(str) | st.integers().map(str))
 @hypothesis.example(task="t", name="--M", value="x" * 500)
 @hypothesis.example(task="t", name="--M", value="│ ──")
-@hypothesis.example(task="-t", name="--vgm-arg", value="")
-def test_whatever_is_typed_is_taken_or_refused_in_one_sentence(
-        task, name, value, job, listener, capsys, tmp_path):
-    hypothesis.assume(name != "--vlm-url" or not value.startswith("http"))  # it would be called
-    hypothesis.assume(value not in ("-h", "--help") and task not in ("-h", "--help"))
-    job[job.index("--task") + 1] = task
-    status = c.main([*job, "--vlm-url", listener, "--dry-run", name, value])
-    out, err = capsys.readouterr()
-    assert (status, out[-1:]) in ((0, "\n"), (2, ""))
-    assert status == 0 or err.startswith("collabvr: ") and err.rstrip("\n").isprintable()
-    assert status == 0 or len(err) > 40
-    assert not (tmp_path / "out").exists()
+@hypothesis.example(task="-t", name="--vgm", value="")
+def test_whatever_is_typed_is_taken_or_refused(task, name, value, job, capsys, monkeypatch):
+    """A value that is taken leads to the planner; any other gets a box or a sentence."""
+    hypothesis.assume(not {"-h", "--help"} & {value, task})
+
+    def planner(*request):
+        raise c.Problem("The planner was asked.")
+
+    monkeypatch.setattr(c.OpenAIVLM, "__call__", planner)
+    monkeypatch.setattr(c.Wan, "check", lambda self: None)
+    argv = [*swapped(job, "--task", task), "--vlm-url", "http://127.0.0.1:9/v1", name, value]
+    assert len(refused(capsys, argv, c.Wan)) > 30
 
 
-@quick
+@anything_goes
 @hypothesis.given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP"]))
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_a_damaged_picture_is_read_or_refused(data, kind, tmp_path):
+    """In a sentence."""
     raw = io.BytesIO()
     Image.fromarray(noise(24, 24, 1, 3).frames[:, :, 0]).save(raw, kind)
     raw = bytearray(raw.getvalue())
@@ -1593,44 +2547,73 @@ def test_a_damaged_picture_is_read_or_refused(data, kind, tmp_path):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "x").write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
     try:
-        picture = c.load_image(str(tmp_path / "x"))
+        loaded = c.load_image(tmp_path / "x")
     except c.Problem as problem:
-        assert "cannot be read" in str(problem) or "pixels" in str(problem)
+        assert re.search("cannot be read|pixels|8 bits", str(problem))
     else:
-        assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+        assert loaded.dtype == np.uint8 and loaded.ndim == 3 and loaded.shape[2] == 3
 
 
-anything = st.recursive(
+@anything_goes
+@hypothesis.given(data=st.data(), orientation=st.integers(1, 8))
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_any_exif_leaves_a_picture_readable(data, orientation, tmp_path):
+    """Bytes of it may be wrong; the picture is not."""
+    exif = Image.Exif()
+    exif[0x112], exif[0x10F], exif[0x11A] = orientation, "a camera", 72.0
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0a comment"
+    raw = bytearray(exif.tobytes())
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(st.integers(14, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    loaded = saved(tmp_path, Image.new("RGB", (40, 20)), "x.jpg", exif=bytes(raw))
+    assert sorted(loaded.shape) == [3, 20, 40]
+
+
+values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
-almost = st.fixed_dictionaries({k: st.just(v) | anything for k, v in accept().items()})
+nearly = st.fixed_dictionaries(
+    {}, optional={k: st.sampled_from([v, str(v), None]) | values for k, v in accept().items()})
 
 
-def fits(reply):
-    """Whether a reply is a verification, said once more in other words."""
-    if not isinstance(reply, dict) or set(reply) != set(accept()):
-        return False
-    good, executed = reply["good_fraction"], reply["action_executed"]
-    return (type(reply["reason"]) is type(reply["suggestion"]) is str and type(executed) is bool
-            and type(good) in (int, float) and 0 <= good <= 1
-            and reply["progress"] in ("none", "partial", "complete")
-            and reply["confidence"] in ("low", "medium", "high")
-            and (reply["verdict"] == "reject" or reply["verdict"] == "accept" and executed
-                 and reply["progress"] != "none"))
-
-
-@quick
-@hypothesis.given(reply=anything | almost)
+@anything_goes
+@hypothesis.given(reply=values | nearly)
 @hypothesis.example(reply=accept())
-@hypothesis.example(reply=reject(1))
-def test_a_reply_is_a_verdict_only_if_every_field_of_it_is_what_it_should_be(reply):
-    models = c.Models(None, lambda *request: {"text": json.dumps(reply)})
-    if fits(reply):
-        d = models.ask("verifier", "", [], c.CollabVR.Verification)
-        assert d.model_dump() == reply
+@hypothesis.example(reply={**accept(), "verdict": " Accept "})
+def test_only_a_said_accept_is_an_accept(reply):
+    """Of anything that JSON can say."""
+    models = c.Models(None, lambda *_: json.dumps(reply))
+    try:
+        d = models.ask("verifier", "", [], c.Verification)
+    except c.Problem as problem:
+        assert "no usable reply" in str(problem)
     else:
-        with pytest.raises(c.Problem, match="no usable reply"):
-            models.ask("verifier", "", [], c.CollabVR.Verification)
+        assert reply["verdict"].strip().lower() == d.verdict and set(reply) <= set(accept())
+        assert reply["progress"].strip().lower() == d.progress
+        assert d.verdict == "reject" or (d.action_executed and d.progress != "none")
+        assert type(d.reason) is type(d.suggestion) is str and 0 <= d.good_fraction <= 1
+
+
+@anything_goes
+@hypothesis.given(data=st.data())
+def test_any_line_is_read_or_refused(data, tmp_path):
+    """Of calls.jsonl, with any values in its fields: a sentence, or a run to its end."""
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    go(plan(), accept(), folder=folder)
+    calls = lines(folder)
+    for call in calls:
+        for name in data.draw(st.lists(st.sampled_from(sorted(call)), max_size=2)):
+            call[name] = data.draw(values)
+    write_lines(folder, calls)
+
+    def vlm(instructions, parts, schema):
+        return json.dumps(plan() if schema is c.FirstPlan else accept())
+
+    try:
+        assert go(vlm=vlm, folder=folder).status in ("complete", "step_cap")
+    except c.Problem as problem:
+        assert re.search(r"calls\.jsonl, line \d is damaged|failed twice", str(problem))
 
 
 def is_a_name(text):
@@ -1638,32 +2621,36 @@ def is_a_name(text):
         return "/" not in text and "\0" not in text and len(os.fsencode(text)) < 100
 
 
-@quick
-@hypothesis.given(stem=(words | st.binary().map(os.fsdecode)).filter(is_a_name))
+@anything_goes
+@hypothesis.given(stem=(texts | st.binary().map(os.fsdecode)).filter(is_a_name))
 @hypothesis.example(stem="\udcff")  # a byte that is no UTF-8
-def test_no_name_of_a_picture_leads_out_of_the_runs_folder(stem, job, tmp_path, monkeypatch):
+@hypothesis.example(stem="猫" * 83)  # as long as a name can be
+@hypothesis.example(stem="..")
+def test_no_picture_leads_out_of_runs(stem, job, tmp_path, monkeypatch):
+    """Whatever it is called, a run has a folder directly under runs/."""
     monkeypatch.chdir(tmp_path)
     named = tmp_path / f"x{stem}.png"
     Image.fromarray(I0).save(named, "PNG")
-    at = job.index("--out")
     replies = [said(plan()), said(accept())]
     monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda *_: replies.pop(0))
-    monkeypatch.setattr(c.OpenAIVLM, "check", lambda _: None)
-    argv = [*job[:at], *job[at + 2 :], "--vlm-url", "http://127.0.0.1:9/v1"]
-    argv[argv.index("--image") + 1] = str(named)
-    before = {p.name for p in tmp_path.iterdir()}
+    at = job.index("--out")
+    argv = swapped([*job[:at], *job[at + 2 :]], "--image", named)
+    before = {path.name for path in tmp_path.iterdir()}
     try:
-        assert c.main(argv) == 0
-        (made,) = (tmp_path / "runs").iterdir()
-        assert (made / "video.mp4").exists()
-        assert json.loads((made / "trace.json").read_bytes())["image"] == str(named)
-        assert {p.name for p in tmp_path.iterdir()} - before <= {"runs", "count"}
+        assert c.main(Mine, argv) == 0
+        (folder,) = (tmp_path / "runs").iterdir()
+        assert (folder / "video.mp4").exists()
+        assert json.loads((folder / "trace.json").read_bytes())["task"] == "t"
+        assert {path.name for path in tmp_path.iterdir()} - before == {"runs"}
     finally:
         named.unlink()
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------- the real pipeline
+# ------------------------------------------------------------------------------
+# The real pipeline: diffusers' WanImageToVideoPipeline with 9 MB of weights
+
+MOVE = "Move the red circle right 2 cells."
 
 
 @pytest.fixture(scope="module")
@@ -1671,25 +2658,57 @@ def wan():
     return c.Wan(vgm=str(TINY_WAN), fps=8, sampling_steps=12, guidance_scale=1.0)
 
 
-def test_tiny_wan_makes_the_same_clip_from_the_same_seed_bit_for_bit(wan):
+def test_tiny_wan_is_repeatable(wan):
+    """The same clip from the same seed, bit for bit; another from another."""
     frame = np.full((64, 64, 3), 200, np.uint8)
-    prompt = "Move the red circle right 2 cells."
-    one, two, other = (wan(frame, prompt, 2.0, seed) for seed in (5, 5, 6))
-    assert one.frames.shape == (17, 64, 64, 3) and one.frames.dtype == np.uint8 and one.seconds == 2
+    one, two, other = (wan(frame, MOVE, 2.0, seed) for seed in (5, 5, 6))
+    assert one.frames.shape == (17, 64, 64, 3) and one.frames.dtype == np.uint8
+    assert one.seconds == 2
     assert (one.frames == two.frames).all() and (one.frames != other.frames).any()
 
 
 def test_frames_per_clip_are_4_k_plus_1(wan):
+    """As Wan makes them. [D8]"""
     frame = np.full((64, 80, 3), 200, np.uint8)
-    assert [len(wan(frame, "x", s, 0).frames) for s in (0.5, 1.0, 1.2)] == [5, 9, 9]
+    assert [len(wan(frame, "x", seconds, 0).frames) for seconds in (0.5, 1.0, 1.2)] == [5, 9, 9]
 
 
-def test_frames_that_are_not_finite_and_too_little_memory_are_failed_generations(wan, monkeypatch):
+def test_the_papers_clips_have_97_and_49_frames(monkeypatch):
+    """A.1: 6 s and 3 s at 16 fps, 20 steps, CFG 5.0."""
+    asked = []
+
+    class Pipe:
+        vae_scale_factor_spatial = 8
+
+        class transformer:  # noqa: N801
+            class config:  # noqa: N801
+                patch_size = (1, 2, 2)
+
+        class tokenizer:  # noqa: N801
+            model_max_length = 10**30
+
+        def __call__(self, **request):
+            asked.append(request)
+            video = np.zeros((request["num_frames"], request["height"], request["width"], 3))
+            return type("Output", (), {"frames": [video]})
+
+    wan = c.Wan()
+    wan.__dict__["pipe"] = Pipe()
+    for seconds in (6.0, 3.0):
+        wan(np.zeros((1080, 1920, 3), np.uint8), "q", seconds, 0)
+    assert [request["num_frames"] for request in asked] == [97, 49]
+    assert (asked[0]["width"], asked[0]["height"]) == (832, 464)
+    assert asked[0]["num_inference_steps"] == 20 and asked[0]["guidance_scale"] == 5.0
+    assert asked[0]["max_sequence_length"] == 512
+
+
+def test_what_goes_wrong_in_wan_is_a_failure(wan, monkeypatch):
+    """Frames that are not finite, and too little memory, with what to try."""
     import torch
 
     weight = wan.pipe.vae.decoder.conv_out.weight
     kept = weight.detach().clone()
-    torch.nn.init.constant_(weight, float("nan"))
+    torch.nn.init.constant_(weight, math.nan)
     try:
         with pytest.raises(c.Problem, match="failed twice in a row .*not finite"):
             go(plan(), vgm=wan)
@@ -1700,8 +2719,43 @@ def test_frames_that_are_not_finite_and_too_little_memory_are_failed_generations
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(wan.pipe.vae, "decode", full)
-    with pytest.raises(c.Problem, match="failed twice in a row .*out of memory"):
+    with pytest.raises(c.Problem, match="out of GPU memory: try --offload group"):
         go(plan(), vgm=wan)
+
+
+def test_offload_places_the_weights(monkeypatch):
+    """On the GPU, a part at a time, or a layer at a time."""
+    import torch
+
+    class Pipe:
+        def __init__(self):
+            self.done = []
+
+        def to(self, device):
+            self.done.append(device)
+
+        def enable_model_cpu_offload(self):
+            self.done.append("model")
+
+        def enable_group_offload(self, device, offload_type, **others):
+            self.done.append((device.type, offload_type))
+
+    def placed(offload):
+        pipe = Pipe()
+        c.Wan(offload=offload).place(pipe)
+        return pipe.done
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert placed("none") == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert placed("none") == ["cuda"] and placed("model") == ["model"]
+    assert placed("group") == [("cuda", "leaf_level")]
+
+
+def test_offload_does_not_change_what_wan_is():
+    """A run goes on with another setting of it."""
+    assert c.Wan(offload="none").identity == c.Wan(offload="group").identity
+    assert c.Wan(fps=16).identity != c.Wan(fps=8).identity
 
 
 class Payload:
@@ -1714,7 +2768,8 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_weights_come_from_safetensors_only_and_code_in_a_checkpoint_is_not_run(tmp_path):
+def test_no_code_of_a_checkpoint_runs(tmp_path):
+    """Weights come from safetensors only, and a checkpoint's Python is not imported."""
     folder, trap = shutil.copytree(TINY_WAN, tmp_path / "wan"), tmp_path / "executed"
     (folder / "text_encoder" / "model.safetensors").unlink()
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(trap)))
@@ -1722,7 +2777,7 @@ def test_weights_come_from_safetensors_only_and_code_in_a_checkpoint_is_not_run(
         _ = c.Wan(vgm=str(folder)).pipe
     shutil.copy(TINY_WAN / "text_encoder" / "model.safetensors", folder / "text_encoder")
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {"_class_name": ["pipeline", "Own"], "scheduler": ["own_scheduler", "Own"]}
+    index.update(_class_name=["pipeline", "Own"], scheduler=["own_scheduler", "Own"])
     (folder / "model_index.json").write_text(json.dumps(index))
     code = f"from pathlib import Path; Path({str(trap)!r}).touch()\nclass Own: pass\n"
     for path in ("pipeline.py", "scheduler/own_scheduler.py"):
@@ -1732,16 +2787,55 @@ def test_weights_come_from_safetensors_only_and_code_in_a_checkpoint_is_not_run(
     assert not trap.exists()
 
 
-def test_without_a_gpu_the_big_checkpoint_is_refused_with_the_offline_command(monkeypatch):
+def test_without_a_gpu_the_offline_run_is_named(monkeypatch):
+    """For a checkpoint that is too large for a CPU."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in (c.Wan().vgm, "./no-folder"):
-        with pytest.raises(c.Problem, match="needs a CUDA GPU.*examples/maze/run.py"):
-            _ = c.Wan(vgm=name).pipe
+    with pytest.raises(c.Problem, match=r"needs a CUDA GPU; python -m examples\.maze\.run"):
+        _ = c.Wan().pipe
+    with pytest.raises(c.Problem, match="neither a folder nor a hub id such as Video-Reason/"):
+        _ = c.Wan(vgm="./no-folder").pipe
 
 
-# ---------------------------------------------------------------------------- a real VLM server
+@slow
+def test_loop_and_files_take_under_5_percent(wan, tmp_path, monkeypatch):
+    """Of tiny-wan's half-second clips, one core each. The wait for the disk is told apart: it is
+    the disk's, and may be anything on a busy one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    took, waits, fsync = [], [], os.fsync
+
+    def waiting(file):
+        began = time.perf_counter()
+        fsync(file)
+        waits.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(os, "fsync", waiting)
+    frame = np.full((96, 96, 3), 200, np.uint8)
+    wan(frame, MOVE, 2.0, 0)  # the weights are loaded
+    try:
+        for number in range(6):
+            waits.clear()
+            vlm = Script(plan(left=2), reject(), accept("partial"), plan(), accept())
+            models = c.RecordedModels(wan, vlm, tmp_path / str(number))
+            began = time.perf_counter()
+            c.CollabVR(models, c.Config(seconds_first=2, seconds_next=2)).run(frame, MOVE)
+            whole = time.perf_counter() - began
+            waited = sum(models.cost()["wall_seconds"].values())
+            took.append((whole - waited - sum(waits), sum(waits), waited))
+    finally:
+        torch.set_num_threads(threads)
+    work, disk, waited = map(min, zip(*took, strict=True))  # what else the machine does only adds
+    print(f"{waited:.2f} s of models, {1000 * work:.1f} ms of loop and files, "
+          f"{1000 * disk:.1f} ms of waiting for the disk")
+    assert len(waits) > 10 and work < 0.05 * waited
+
+
+# ------------------------------------------------------------------------------
+# A real VLM server
 
 
 def random_qwen2_vl(folder):
@@ -1812,28 +2906,60 @@ def test_a_random_model_behind_transformers_serve_ends_the_run_loudly_and_never_
     assert "POST /v1/chat/completions" in (tmp_path / "log").read_text()
 
 
-# ------------------------------------------------------------------- the file keeps its promises
+# ------------------------------------------------------------------------------
+# The file keeps its promises
 
 
-def test_the_line_tags_of_algorithm_1_ascend_and_are_all_there():
-    source = (ROOT / "collabvr.py").read_text()
-    tags = [int(n) for n in re.findall(r"# line (\d+)$", source, re.MULTILINE)]
-    assert tags == sorted(tags) and set(tags) >= {*range(1, 12), 13, 14, 15, 19}
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_every_departure_is_tagged_where_it_happens_and_stands_in_the_readmes_table():
-    source, readme = (ROOT / "collabvr.py").read_text(), (ROOT / "README.md").read_text()
-    tagged = {int(n) for n in re.findall(r"\[D(\d+)\]", source)}
-    table = [int(n) for n in re.findall(r"^\| D(\d+) \|", readme, re.MULTILINE)]
+def test_the_line_tags_of_algorithm_1_ascend():
+    """And are all there; lines 12 and 16 to 18 only end blocks."""
+    tags = [int(n) for n in re.findall(r"# line (\d+)$", read("collabvr.py"), re.MULTILINE)]
+    assert tags == sorted(tags) and set(tags) == {*range(1, 12), 13, 15, 19}
+
+
+def test_every_departure_is_tagged_and_in_the_readme():
+    """A tag where it happens, a line in the README's table."""
+    source = read("collabvr.py") + read("examples/baselines.py")
+    tagged = {int(number) for number in re.findall(r"\[D(\d+)\]", source)}
+    table = [int(number) for number in re.findall(r"^\| D(\d+) \|", read("README.md"), re.MULTILINE)]
     assert table == [*range(1, len(table) + 1)] and tagged == set(table)
 
 
-def test_the_examples_main_job_runs_offline_and_ends_in_a_verified_video(tmp_path):
-    example = ROOT / "examples" / "maze" / "run.py"
-    command = [sys.executable, str(example), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+def test_the_readmes_statuses_are_all_there_are():
+    """A line in its table for each."""
+    named = set(re.findall(r"^\| `(\w+)` \|", read("README.md"), re.MULTILINE))
+    assert {"complete", "step_cap", "fallback", "best_attempt"} <= named
+
+
+def test_the_readmes_example_runs(tmp_path):
+    """The first block of Python under 'From Python', as it stands, in an empty folder."""
+    _, _, section = read("README.md").partition("## From Python")
+    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
+    done = subprocess.run([sys.executable, "example.py"], check=False, capture_output=True,
+                          text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
-    assert trace["cost"]["clips"] >= 3 and trace["cost"]["calls"]["verifier"] >= 3
-    assert {x["model"] for x in trace["calls"] if x["role"] != "vgm"} == {"maze-reader"}
+    assert "complete" in done.stdout and list(tmp_path.rglob("video.mp4"))
+
+
+def test_the_offline_run_ends_in_a_verified_video(tmp_path):
+    """The README's first command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.maze.run", "--out", str(tmp_path / "run")], check=False,
+        capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "run" / "trace.json").read_text())
+    assert made["status"] == "complete"
+    assert made["cost"]["clips"] >= 3 and made["cost"]["calls"]["verifier"] >= 3
+    assert {call["model"] for call in made["calls"] if call["role"] != "vgm"} == {"maze-reader"}
     assert "by rule" in done.stdout and (tmp_path / "run" / "video.mp4").stat().st_size > 1000
+
+
+def test_these_tests_have_short_names_and_a_sentence():
+    """Up to 50 characters; what is tested stands in the docstring."""
+    functions = re.findall(r'^def (test_\w+)\(.*?\):\n(    """)?', read("test_collabvr.py"),
+                           re.MULTILINE | re.DOTALL)
+    assert len(functions) > 100
+    assert not [name for name, docstring in functions if len(name) > 50 or not docstring]

@@ -611,6 +611,8 @@ class Models:
             call = Call.model_validate({**answer, "role": role, "t": t, "reply": None})
         except Problem:
             raise
+        except ValidationError as error:  # the answer has odd types
+            call.fault = every_fault(error)
         except Exception as error:  # whatever it is, the call failed
             log.warning("the call of the VLM failed", exc_info=True)
             call.fault = first_line(error)
@@ -726,7 +728,7 @@ GOOGLE = "https://generativelanguage.googleapis.com/v1beta/openai/"
 def base_url(url: str) -> str:
     """A URL that can be called, and shown without giving a secret away."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError("a base URL starts with http:// or https://: http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("a base URL has no user, password or query; keys go into the environment")

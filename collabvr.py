@@ -503,7 +503,7 @@ class Call(BaseModel):
     seed: int | None = None
     j: int | None = None  # attempt within the step; 1 also for a fallback
     seconds: float | None = None  # of new video; None: the generation failed
-    size: tuple[int, int, float] | None = None  # H, W, fps
+    size: tuple[int, int, Annotated[float, Field(gt=0)]] | None = None  # H, W, fps
     clip: str | None = None  # file in the run folder
     sha256: str | None = None  # of that file
     error: str | None = None  # why there is no clip
@@ -634,7 +634,7 @@ class Models:
                 f"frames must be uint8 (T, H, W, 3), not {frames.dtype} {frames.shape}")
         clip = Clip(frames.copy(), float(made.fps))
         height, width = frames.shape[1:3]
-        if not (0 < clip.fps <= 1000 and 1 <= min(height, width) <= max(height, width) <= 16384):
+        if not (0 < clip.fps <= 1000 and 2 <= min(height, width) <= max(height, width) <= 16384):
             raise ValueError(f"a video of {width}x{height}, {clip.fps:g} fps cannot be saved")
         if len(frames) < 2 or clip.seconds < seconds / 2:
             raise ValueError(f"{seconds:g} s of new video were asked for, not {clip.seconds:g} s")
@@ -714,8 +714,9 @@ def every_fault(error: ValueError) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one short line."""
-    return f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:400]
+    """An error in one short line, without secrets."""
+    text = clean(f"{type(error).__name__}: {error}")
+    return text.strip(": ").splitlines()[0][:400]
 
 
 # The paper's part ends here.
@@ -825,9 +826,10 @@ class OpenAIVLM:
             reason = f"{error.status_code}; {error.body or error}"
         else:
             reason = f"{error} {error.__cause__ or ''}"  # "Connection error." says too little
+        reason = clean(" ".join(reason.split()))[:600]
         if "/v1" not in self.vlm_url:
             reason += "; a base URL usually ends in /v1"
-        return clean(" ".join(reason.split()))[:600]
+        return reason
 
     def encode(self, part) -> list[dict]:
         """A text, a picture or a clip, as parts of a chat message."""
@@ -873,22 +875,24 @@ def read_completion(body: str) -> dict:
     try:
         completion = parse(body)
         usage = completion.get("usage") or {}
-        answer["model"] = completion.get("model")
-        answer["tokens_in"] = usage.get("prompt_tokens") or 0
+        answer["model"] = str(completion.get("model") or "")
+        answer["tokens_in"] = int(usage.get("prompt_tokens") or 0)
         # thoughts are billed, but not every endpoint counts them as completion
         answer["tokens_out"] = max(
-            usage.get("completion_tokens") or 0,
-            (usage.get("total_tokens") or 0) - answer["tokens_in"])
+            int(usage.get("completion_tokens") or 0),
+            int(usage.get("total_tokens") or 0) - answer["tokens_in"])
         choice = completion["choices"][0]
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):
             text = "".join(part["text"] for part in text)
+        if type(text) is not str:
+            raise TypeError
         finish_reason = str(choice.get("finish_reason")).lower()
         thought = message.get("reasoning") or message.get("reasoning_content")
         refusal = message.get("refusal")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return {**answer, "fault": f"the endpoint sent no chat completion, but {body:.300}"}
+        return {**answer, "fault": f"the endpoint sent no chat completion, but {clean(body)[:300]}"}
     answer["text"] = text
     if refusal:
         answer["fault"] = f"refused: {refusal}"
@@ -1096,7 +1100,8 @@ class RecordedModels(Models):
         with explained(f"{self.folder} is in use by another process", filelock.Timeout):
             self.lock.acquire(blocking=False)
         recorded = self.read_calls()
-        self.clips = sum(call.clip is not None for call in recorded)
+        names = [call.clip for call in recorded if call.clip]
+        self.clips = max(map(number_in, names), default=0)  # the number of the newest clip
         while recorded and recorded[-1].failed:  # it ended its run, and is tried again
             recorded.pop()
         self.recorded = {call.request: call for call in recorded}
@@ -1148,7 +1153,7 @@ class RecordedModels(Models):
     def call_vlm(self, role: str, t: int, instructions: str, parts: list, schema) -> Call:
         request = self.name_request(role, self.vlm, instructions, parts, schema)
         call = self.recorded.get(request)
-        if call is not None and (call.fault or fits(call.reply, schema)):
+        if call is not None and (fits(call.reply, schema) or call.reply is None and call.fault):
             log.info("step %d: %s: recorded", t, role)
             return call.model_copy(update={"t": t})
         call = super().call_vlm(role, t, instructions, parts, schema)
@@ -1213,7 +1218,8 @@ def identity(model) -> Any:
     values = {}
     if is_dataclass(model):
         values = {each.name: getattr(model, each.name) for each in fields(model)}
-    return [type(model).__qualname__, values, source]
+    name = getattr(model, "__qualname__", type(model).__qualname__)  # a function's, or its class's
+    return [name, values, source]
 
 
 def digest(*parts) -> str:
@@ -1230,6 +1236,11 @@ def digest(*parts) -> str:
         return repr(part)
 
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
+
+
+def number_in(name: str) -> int:
+    digits = re.search(r"\d{1,9}", name)
+    return int(digits[0]) if digits else 0
 
 
 def fits(reply, schema: type[BaseModel]) -> bool:
@@ -1277,7 +1288,8 @@ def clean(text: str) -> str:
     for name, value in os.environ.items():
         secret = value.strip()
         if SECRET.search(name) and len(secret) >= 8:
-            text = text.replace(secret, "***")
+            for spelling in (secret, json.dumps(secret)[1:-1]):  # as it is, and in JSON
+                text = text.replace(spelling, "***")
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
         for character in text)

@@ -611,6 +611,8 @@ class Models:
             call = Call.model_validate({**answer, "role": role, "t": t, "reply": None})
         except Problem:
             raise
+        except ValidationError as error:  # the answer has odd types
+            call.fault = every_fault(error)
         except Exception as error:  # whatever it is, the call failed
             log.warning("the call of the VLM failed", exc_info=True)
             call.fault = first_line(error)

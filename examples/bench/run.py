@@ -276,10 +276,10 @@ class Benchmark:
         if not left:
             return
         runner, results, jobs = Runner(self), queue.Queue(), iter(left)
-        lock = threading.Lock()
+        lock, stop = threading.Lock(), threading.Event()
 
         def work() -> None:
-            while True:
+            while not stop.is_set():
                 with lock:
                     job = next(jobs, None)
                 if job is None:
@@ -288,8 +288,11 @@ class Benchmark:
 
         for _ in range(self.options.in_flight):
             threading.Thread(target=work, daemon=True).start()
-        for _ in left:
-            yield results.get()
+        try:
+            for _ in left:
+                yield results.get()
+        finally:
+            stop.set()
 
     def with_ray(self, left: list[Job]) -> Iterator[Done]:
         """Ray Data: actors that build the pipeline once each. An actor that dies is replaced, as
@@ -539,6 +542,22 @@ def main(
     return guarded("bench", action)
 
 
+@dataclass
+class NoOptions:
+    """In place of a generator that is no dataclass."""
+
+
+def check_names(*kinds: type) -> None:
+    """Raises Problem for two options of one name."""
+    owner: dict[str, type] = {}
+    for kind in kinds:
+        for name in kind.__dataclass_fields__:
+            if name in owner and name not in ("config", "vlm", "vgm"):  # those are groups
+                raise Problem(f"{kind.__name__}.{name} would be the option that "
+                              f"{owner[name].__name__}.{name} is: give it another name.")
+            owner[name] = kind
+
+
 def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
     import tyro
 
@@ -552,9 +571,14 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
         which, _ = tyro.cli(Which, args=argv, add_help=False, return_unknown_args=True)
         module, name = GENERATORS[which.generator]
         vgm = getattr(importlib.import_module(module), name)
-    return tyro.cli(kind[vgm, vlm], args=argv, prog="python -m examples.bench.run",
-                    description=__doc__,
-                    config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    fields = vgm if is_dataclass(vgm) else NoOptions
+    check_names(kind, Config, vlm, fields)
+    options = tyro.cli(kind[fields, vlm], args=argv, prog="python -m examples.bench.run",
+                       description=__doc__,
+                       config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    if fields is NoOptions:
+        options.vgm = vgm() if isinstance(vgm, type) else vgm
+    return options
 
 
 if __name__ == "__main__":

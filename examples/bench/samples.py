@@ -185,8 +185,9 @@ def tree(root: Path, _) -> Iterator[Sample]:
 
 def length(video: Path) -> float:
     """Seconds of a ground truth: as long as that is every clip of its sample (App. A.1)."""
+    # the format is named, because ffmpeg would also follow a playlist to other files
     with explained(f"{video} cannot be read as the ground truth's video", OSError, av.FFmpegError,
-                   LookupError, TypeError), av.open(str(video)) as file:
+                   LookupError, TypeError), av.open(str(video), format="mp4") as file:
         stream = file.streams.video[0]
         return round(float(stream.duration * stream.time_base), 3)
 

@@ -19,12 +19,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import tyro
 from PIL import Image
 from pydantic import FiniteFloat, TypeAdapter
 
+import collabvr
 from collabvr import Problem, explained, write_file
 from examples.common import Run, Table, command, inside, load_run, needed, paired, read_lines
 
@@ -144,8 +145,11 @@ def join_scores(folder: Path, rows: list[dict]) -> None:
     path = folder / "scores.json"
     if not path.exists():
         return
-    with explained(f"{path} is no object of sample ids and numbers", OSError, ValueError):
+    try:
         scores = SCORES.validate_json(path.read_bytes())
+    except ValueError as error:
+        raise Problem(f"{path} is no object of sample ids and numbers "
+                      f"({collabvr.every_fault(error)}).") from error
     unknown = scores.keys() - {x["id"] for x in rows}
     missing = {x["id"] for x in rows if x["video"]} - scores.keys()
     if unknown:
@@ -284,8 +288,9 @@ def fidelity(rows: list[dict]) -> Table:
         path = run.file(first.clip) if first else None
         picture = run.picture()
         if path is not None and picture is not None:
-            with explained(f"{path} cannot be read", Exception):  # whatever it holds now
-                frame = iio.imread(path, index=0, plugin="pyav")
+            with (explained(f"{path} cannot be read", Exception),  # whatever it holds now
+                  av.open(str(path), format="matroska") as file):
+                frame = next(file.decode(video=0)).to_ndarray(format="rgb24")
             found.append(ssim(picture, frame))
     std = float(np.std(found, ddof=1)) if len(found) > 1 else None
     return Table("First-frame fidelity (A.4)", ["", "clips", "mean", "std"],

@@ -1,15 +1,17 @@
-"""What each option of fast_wan.py brings on this machine: seconds, memory, likeness.
+"""What each option of fast_wan.py brings on this machine.
 
-    python examples/generators/fast_wan.py                          start it again and it goes on
-    python examples/generators/fast_wan.py --row plain --row fp8    only these
-    python examples/generators/fast_wan.py --vgm CHECKPOINT --image x.png --task "Move .."
+    python -m examples.generators.measure_wan seconds      # a denoising step: seconds and memory
+    python -m examples.generators.measure_wan likeness     # clips: how like those without options
 
-Makes one clip of 97 frames at 832x480, 20 steps with guidance, with Wan2.2 A14B's architecture:
-plain, as diffusers' defaults are, and with each option. An option that fails is a row all the same.
-The weights are random unless --vgm names a checkpoint. Random ones tell the seconds and the memory,
-but not how often a cache can skip, so not the seconds that it saves, and next to nothing about how
-like the clips are.
+seconds: Wan2.2 A14B's architecture with random weights, 97 frames at 832x480, guidance. One of the
+    two experts is measured, which have the same architecture. What a clip takes is composed: 20
+    steps, the text of two prompts, the video autoencoder's two ways. Random weights tell neither
+    how often a cache can skip nor how like the clips are.
+likeness: whole clips of a real checkpoint, tiny-wan on five mazes if you name none.
+
+An option that fails is a row all the same. The same command goes on where it ended.
 """
+
 from __future__ import annotations
 
 import gc
@@ -18,51 +20,97 @@ import logging
 import math
 import sys
 import time
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from pydantic.dataclasses import dataclass as settings
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1, 2)]
-import commands
-from commands import needed
-from fast_wan import FastWan
-from summary import Table, ssim
 
 import collabvr
-from collabvr import Clip, Problem, checked, explained, log
+from collabvr import Clip, Problem, log
+from examples.bench.summary import ssim
+from examples.common import Table, command, needed
+from examples.generators.fast_wan import FastWan
 
+FAST = {"compile": True, "fp8_matmul": True}
 ROWS: dict[str, dict[str, Any]] = {  # FastWan's settings, and perhaps a budget of GPU memory, GB
-    "plain": {"attention": "native"},
-    "attention": {"attention": "auto"},
-    "cuDNN attention": {"attention": "_native_cudnn"},
+    "diffusers' defaults": {"attention": "native"},
+    "compile, 8-bit products": FAST,
     "compile": {"compile": True},
-    "cache 0.05": {"cache_low": 0.05},
-    "compile, cache 0.05": {"compile": True, "cache_low": 0.05},
-    "fp8": {"fp8": True},
-    "4 steps, no guidance": {"sampling_steps": 4, "guidance_scale": 1.0},  # what LoRAs come to
-    "24 GB: fp8, model offload": {"fp8": True, "offload": "model", "budget": 24},
-    "24 GB: fp8, group offload": {"fp8": True, "offload": "group", "budget": 24},
+    "8-bit products": {"fp8_matmul": True},
+    "cuDNN attention": {"attention": "_native_cudnn"},
+    "flash attention": {"attention": "_native_flash"},
+    "cache": {"cache_low": 0.05},
+    "compile, 8-bit products, cache": {**FAST, "cache_low": 0.05},
+    "8-bit weights": {"fp8": True},
+    "24 GB: 8-bit weights, group offload": {"fp8": True, "offload": "group", "budget": 24},
+    "24 GB: group offload": {"offload": "group", "budget": 24},
 }
-A14B: dict[str, dict] = {  # where it differs from the classes' defaults; with UMT5-XXL
-    "text": {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
-             "num_heads": 64},
-    "expert": {}, "vae": {}}
-TINY: dict[str, dict] = {
+STEPS = FastWan().sampling_steps  # of a clip
+TEXT = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+        "num_heads": 64}  # UMT5-XXL's encoder
+# the sizes of a model and of its clips: A14B's are where it differs from the classes' defaults
+A14B: dict[str, Any] = {
+    "text": TEXT, "expert": {}, "vae": {}, "frames": 97, "height": 480, "width": 832}
+TINY: dict[str, Any] = {
     "text": {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1,
              "num_heads": 2},
     "expert": {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "freq_dim": 32,
                "ffn_dim": 64, "num_layers": 4},
-    "vae": {"base_dim": 8, "num_res_blocks": 1}}
+    "vae": {"base_dim": 8, "num_res_blocks": 1}, "frames": 9, "height": 64, "width": 64}
 
 
-def random_wan(size: dict):
-    """Wan2.2 I2V as its checkpoint would be loaded, text encoder included, with random weights: on
-    the GPU if there is room, else in main memory."""
+# ------------------------------------------------------------------------------
+# A model with random weights
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_expert(size: dict):
+    """An expert as its checkpoint is loaded: bf16, and what diffusers keeps in float32."""
+    import diffusers
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device()):
+            expert = diffusers.WanTransformer3DModel(in_channels=36, **size["expert"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, weight in expert.named_parameters():
+        if any(part in name for part in expert._keep_in_fp32_modules):
+            weight.data = weight.data.float()
+    return expert.eval().requires_grad_(False)
+
+
+def random_text_encoder(size: dict):
+    import transformers
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device()):
+            text = transformers.UMT5EncoderModel(
+                transformers.UMT5Config(**size["text"], dropout_rate=0.0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return text.eval().requires_grad_(False)
+
+
+def random_vae(size: dict):
+    import diffusers
+    with torch.device(device()):
+        return diffusers.AutoencoderKLWan(**size["vae"]).eval().requires_grad_(False)
+
+
+def random_wan(size: dict, experts: int = 2):
+    """Wan2.2 I2V with random weights, as a whole pipeline."""
+    torch.manual_seed(0)
+    one = random_expert(size)
+    return pipeline(one, random_expert(size) if experts == 2 else None, random_text_encoder(size),
+                    random_vae(size))
+
+
+def pipeline(transformer, transformer_2=None, text_encoder=None, vae=None):
     import diffusers
     import tokenizers
     import transformers
@@ -71,132 +119,274 @@ def random_wan(size: dict):
         tokenizer_object=words, pad_token="<pad>", unk_token="x", model_max_length=512)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda" if gpu_memory() > 80e9 else "cpu"):
-            text = transformers.UMT5EncoderModel(
-                transformers.UMT5Config(**size["text"], dropout_rate=0.0))
-            experts = [diffusers.WanTransformer3DModel(in_channels=36, **size["expert"])
-                       for _ in range(2)]
-            vae = diffusers.AutoencoderKLWan(**size["vae"]).float()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for expert in experts:
-        for name, weight in expert.named_parameters():
-            if any(k in name for k in expert._keep_in_fp32_modules):
-                weight.data = weight.data.float()
-    pipe = diffusers.WanImageToVideoPipeline(
-        tokenizer, text.eval(), vae.eval(), scheduler, transformer=experts[0].eval(),
-        transformer_2=experts[1].eval(), boundary_ratio=0.9)
-    pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)
-    return pipe
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer, text_encoder, vae, scheduler, transformer=transformer,
+        transformer_2=transformer_2, boundary_ratio=0.9 if transformer_2 else None)
 
 
-def gpu_memory() -> int:
-    """Bytes; 0 without a GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+# ------------------------------------------------------------------------------
+# Seconds and memory
 
 
-@settings(config=checked)
-class Measurement:
-    """Times one clip with each option, on this machine."""
-    small: bool = False  # a tiny model and clip; always so without a GPU
-    vgm: str = ""  # a checkpoint instead of random weights
-    image: str = ""  # its picture; without one: noise
-    task: str = "Move the ball to the square."  # and its prompt
+def clock() -> float:
+    """Seconds, when the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_GB() -> float | None:
+    return torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+
+
+def timed(work, times: int) -> list[float]:
+    """Seconds of each call of work(), after a first one that warms up and is not counted."""
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(times):
+        began = clock()
+        work()
+        seconds.append(clock() - began)
+    return seconds
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def measure_steps(name: str, size: dict, steps: int) -> dict:
+    """A row: seconds of a denoising step (two passes, for guidance), and the GPU's peak memory."""
+    options = {"offload": "none", "vgm": "random", **ROWS[name]}
+    budget = options.pop("budget", None)
+    if budget and not torch.cuda.is_available():
+        raise Problem("a budget of GPU memory needs a GPU")
+    wan = FastWan(**options)
+    expert = random_expert(size)
+    x: dict[str, Any] = {"weights_GB": expert.get_memory_footprint() / 1e9}
+    if wan.offload != "none":
+        expert.to("cpu")
+    if budget:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget * 1e9 / total))
+    wan.place(pipeline(expert))
+    x["weights_GB"] = expert.get_memory_footprint() / 1e9
+    shape = 1, 36, (size["frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8
+    text = torch.randn(1, 512, expert.config.text_dim, device=device(), dtype=torch.bfloat16)
+    t = torch.full((1,), 900.0, device=device())
+
+    def noise() -> torch.Tensor:
+        return torch.randn(shape, device=device(), dtype=torch.bfloat16)
+
+    def step(latents: torch.Tensor) -> None:
+        for part in ("cond", "uncond"):
+            with expert.cache_context(part):
+                expert(latents, t, text, return_dict=False)
+
+    seconds = timed(lambda: step(noise()), steps)  # new noise: no cache can skip
+    x |= {"steps": len(seconds), "step": float(np.mean(seconds)),
+          "spread": float(np.ptp(seconds)), "GB": peak_GB()}
+    if wan.cache_low:
+        same = noise()  # every time: all passes but the first are skipped
+        x["skipped_step"] = float(np.mean(timed(lambda: step(same), 3)))
+    return x
+
+
+@torch.no_grad()
+def measure_rest(size: dict) -> dict:
+    """What a clip needs beside its steps: seconds of two prompts, of encoding and of decoding."""
+    x: dict[str, Any] = {}
+    text = random_text_encoder(size)
+    ids = torch.ones(1, 512, dtype=torch.long, device=device())
+    x["text_GB"] = sum(w.numel() * w.element_size() for w in text.parameters()) / 1e9
+    x["text"] = 2 * timed(lambda: text(ids, torch.ones_like(ids)), 1)[0]
+    del text
+    free_memory()
+    vae = random_vae(size)
+    picture = torch.randn(1, 3, size["frames"], size["height"], size["width"], device=device())
+    x["encode"] = timed(lambda: vae.encode(picture), 1)[0]
+    latents = vae.encode(picture).latent_dist.mode()
+    x["decode"] = timed(lambda: vae.decode(latents), 1)[0]
+    x["GB"] = peak_GB()
+    return x
+
+
+@dataclass
+class Seconds:
+    """A denoising step with each option: seconds and memory."""
+
     row: list[Literal[tuple(ROWS)]] = field(default_factory=list)  # only these
-    out: Path = Path("runs/fast-wan")  # results, which resume
+    steps: int = 3  # measured of each row, after one that warms up
+    small: bool = False  # a tiny model; always so without a GPU
+    out: Path = Path("runs/measure-wan")  # results, which resume
 
     def run(self) -> int:
-        """Measures what is not in OUT yet or failed, and prints all of it. Raises Problem."""
-        needed("skimage.metrics")
+        """Measures what is not in OUT yet or failed, and prints all of it."""
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         if card == "CPU" and not self.small:
             log.warning("No CUDA GPU: a tiny model on the CPU, which says nothing about a GPU.")
             self.small = True
-        key = collabvr.digest(card, self.small, self.vgm, self.image, self.task)[:8]
-        path = self.out / f"{key}.jsonl"
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        rows = {x["row"]: x for x in map(json.loads, path.read_text().splitlines())}
+        size = TINY if self.small else A14B
+        results = Results(self.out / f"seconds-{collabvr.digest(card, self.small)[:8]}.jsonl")
+        rest = results.measure("rest", measure_rest, size)
         for name in self.row or ROWS:
-            if name not in rows or rows[name]["error"]:
-                log.info("---- %s", name)
-                rows[name] = self.measure(name, path.with_suffix(".mkv"), **ROWS[name])
-                with open(path, "a") as file:
-                    file.write(json.dumps(rows[name]) + "\n")
-        what = "tiny" if self.small else "97 frames at 480p"
-        print(Table(f"One clip ({what}, {self.vgm or 'random weights'}) on {card}", [
-            "", "s/clip", "clips/hour", "peak GB", "skipped", "SSIM", "PSNR, dB"], [
-            [k, x["seconds"], x["seconds"] and 3600 / x["seconds"], x["GB"], x["skipped"],
-             x["SSIM"], x["PSNR"]] for k, x in rows.items()]).text())
-        print(*(f"{k}: {x['error']}" for k, x in rows.items() if x["error"]), sep="\n")
-        return 0 if any(x["seconds"] for x in rows.values()) else 1
+            results.measure(name, measure_steps, name, size, self.steps)
+        rows = {k: v for k, v in results.rows.items() if k in ROWS}
+        title = f"{card}, PyTorch {torch.__version__}: {'a tiny model' if self.small else 'A14B'}"
+        print(steps_table(title, rows, rest).text())
+        print(*(f"{k}: {v['error']}" for k, v in results.rows.items() if "error" in v), sep="\n")
+        return 0 if any("step" in v for v in rows.values()) else 1
 
-    def measure(self, name: str, plain: Path, budget: float = 0, **options) -> dict:
-        """A row: seconds, peak GB of the GPU, share of the passes that the cache skipped, likeness
-        to the plain clip, which is kept in a file. What fails is a row with an error."""
-        x: dict[str, Any] = dict.fromkeys(("seconds", "GB", "skipped", "SSIM", "PSNR", "error"))
-        memory, wan = gpu_memory(), None
+
+def steps_table(title: str, rows: dict[str, dict], rest: dict) -> Table:
+    """The rows with what a clip comes to, composed, and its share of the defaults' seconds."""
+    table = Table(title, ["", "s/step", "steps", "peak GB", "s/clip", "clips/hour",
+                          "times defaults", "s/skipped step"], [])
+    others = None if "error" in rest else rest["text"] + rest["encode"] + rest["decode"]
+    base = None
+    for name, x in rows.items():
+        clip = hourly = None
+        if "step" in x and others is not None:
+            clip = STEPS * x["step"] + others
+            hourly = 3600 / clip
+        if name == next(iter(ROWS)):
+            base = hourly
+        times = hourly / base if base and hourly else None
+        table.rows.append([name, x.get("step"), x.get("steps"), x.get("GB"), clip, hourly, times,
+                           x.get("skipped_step")])
+    return table
+
+
+class Results:
+    """Rows in a file of JSON lines, by name. What was measured is not measured again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        self.rows: dict[str, dict] = {x.pop("row"): x for x in lines}
+
+    def measure(self, name: str, what, *args) -> dict:
+        """The row of that name: what(*args), or an error in its place."""
+        found = self.rows.get(name)
+        if found and "error" not in found:
+            return found
+        log.info("---- %s", name)
+        began = time.perf_counter()
         try:
-            if budget and not memory:
-                raise Problem("a budget of GPU memory needs a GPU")
-            wan = FastWan(**{"offload": "none", "vgm": self.vgm or "random"} | options)
-            if not self.vgm:
-                wan.pipe = random_wan(TINY if self.small else A14B)
-                if wan.offload != "none":
-                    wan.pipe.to("cpu")
-            if budget:
-                torch.cuda.empty_cache()
-                torch.cuda.set_per_process_memory_fraction(min(1.0, budget * 1e9 / memory))
-            _ = wan.pipe if self.vgm else wan.place(wan.pipe)
-            shape = (64, 64, 3) if self.small else (480, 832, 3)
-            frame = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-            frame = collabvr.load_image(self.image) if self.image else frame
-            request = frame, self.task, 0.5 if self.small else 6.0, 0
-            steps, wan.sampling_steps = wan.sampling_steps, 2
-            wan(*request)  # compiles, and claims the memory
-            wan.sampling_steps = min(steps, 6) if self.small else steps
-            if memory:
-                torch.cuda.reset_peak_memory_stats()
-            began = time.perf_counter()
-            clip = wan(*request)
-            x["seconds"] = time.perf_counter() - began
-            x["GB"] = torch.cuda.max_memory_reserved() / 1e9 if memory else None
-            if passes := wan.passes["low-noise", 0]:
-                x["skipped"] = 1 - wan.passes["low-noise", 1] / passes
-            if name == "plain":
-                collabvr.write_file(plain, collabvr.encode_video(clip, lossless=True))
-            else:
-                x["SSIM"], x["PSNR"] = likeness(plain, clip)
+            x = what(*args)
         except Exception as error:  # noqa: BLE001  the other rows go on
-            x["error"] = collabvr.first_line(error)
+            x = {"error": collabvr.first_line(error)}
             log.warning("%s: %s", name, x["error"])
-        wan = None
-        gc.collect()
-        torch.compiler.reset()
-        if memory:
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        return {"row": name} | x
+        free_memory()
+        x["wall_seconds"] = round(time.perf_counter() - began, 1)
+        self.rows[name] = x
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"row": name, **x}) + "\n")
+        return x
 
 
-def likeness(plain: Path, clip: Clip) -> tuple[float, float]:
-    """Mean SSIM of every eighth frame, and PSNR in dB. Raises Problem without the plain clip."""
-    with explained("No plain clip to compare with: measure that row first", OSError):
-        frames = iio.imread(plain, plugin="pyav")
-    error = np.mean((frames.astype(np.float32) - clip.frames) ** 2)
-    return (float(np.mean([ssim(a, b) for a, b in zip(frames[::8], clip.frames[::8])])),
-            10 * math.log10(255 ** 2 / error) if error else math.inf)
+# ------------------------------------------------------------------------------
+# Likeness
+
+
+@dataclass
+class Likeness:
+    """Whole clips with each option that changes them: how like are they those without?"""
+
+    vgm: str = "examples/maze/tiny-wan"  # a real checkpoint
+    image: str = ""  # its picture; without one: five mazes
+    task: str = "Move the ball to the square."  # the prompt for that picture
+    seconds: float = 2.0  # of a clip
+    fps: int = 8
+    sampling_steps: int = 12
+    guidance_scale: float = 1.0
+    cache: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])  # thresholds
+    offload: Literal["none", "model", "group"] = "none"
+    out: Path = Path("runs/measure-wan")  # results, which resume
+
+    def run(self) -> int:
+        """Makes the clips and prints the table. Raises Problem."""
+        needed("skimage.metrics")
+        changing: dict[str, dict] = {
+            "compile": {"compile": True},
+            "8-bit weights": {"fp8": True},
+            "8-bit products": {"fp8_matmul": True},
+            "compile, 8-bit products": FAST,
+        }
+        for threshold in self.cache:
+            changing[f"cache {threshold:g}"] = {"cache_low": threshold}
+            changing[f"8-bit products, cache {threshold:g}"] = {
+                "fp8_matmul": True, "cache_low": threshold}
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        key = collabvr.digest(card, self.vgm, self.image, self.task, self.seconds, self.fps,
+                              self.sampling_steps, self.guidance_scale, self.offload)
+        results = Results(self.out / f"likeness-{key[:8]}.jsonl")
+        self.plain: list[Clip] = []
+        self.plain_seconds = 0.0
+        for name, options in changing.items():
+            results.measure(name, self.compare, options)
+        rows = [[name, x.get("clips"), x.get("seconds"), x.get("skipped"), x.get("SSIM"),
+                 x.get("least"), x.get("PSNR")] for name, x in results.rows.items()]
+        print(Table(f"{self.vgm} on {card}, against the clips without options", [
+            "", "clips", "s/clip", "skipped", "SSIM", "least SSIM", "PSNR, dB"], rows).text())
+        print(*(f"{k}: {v['error']}" for k, v in results.rows.items() if "error" in v), sep="\n")
+        return 0 if any("SSIM" in x for x in results.rows.values()) else 1
+
+    def compare(self, options: dict) -> dict:
+        """A row: likeness of the clips to the plain ones, which are made when first needed."""
+        if not self.plain:
+            self.plain, _, _ = self.clips(attention="native")
+        clips, seconds, skipped = self.clips(**options)
+        pairs = list(zip(self.plain, clips, strict=True))
+        likeness = [np.mean([ssim(x, y) for x, y in zip(a.frames, b.frames)]) for a, b in pairs]
+        return {"clips": len(clips), "seconds": seconds, "skipped": skipped,
+                "SSIM": float(np.mean(likeness)), "least": float(np.min(likeness)),
+                "PSNR": float(np.mean([psnr(a.frames, b.frames) for a, b in pairs]))}
+
+    def clips(self, **options) -> tuple[list[Clip], float, float | None]:
+        """The clips, seconds of each but the first, the share of passes that were skipped."""
+        wan = FastWan(
+            vgm=self.vgm, fps=self.fps, sampling_steps=self.sampling_steps,
+            guidance_scale=self.guidance_scale, offload=self.offload, **options)
+        clips, seconds, skipped = [], [], []
+        for seed, (picture, task) in enumerate(self.pictures()):
+            began = clock()
+            clips.append(wan(picture, task, self.seconds, seed))
+            seconds.append(clock() - began)
+            skipped.append(wan.skipped("low-noise"))
+        share = None if None in skipped else float(np.mean(skipped))
+        return clips, float(np.mean(seconds[1:] or seconds)), share
+
+    def pictures(self) -> list[tuple[np.ndarray, str]]:
+        """(picture, task) of each clip."""
+        if self.image:
+            return [(collabvr.load_image(self.image), self.task)]
+        from examples.maze import world
+        mazes = [world.make(6, 3, np.random.default_rng([2026, seed])) for seed in range(1, 6)]
+        return [(world.draw(maze), world.task(maze)) for maze in mazes]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """In dB; of equal ones 100."""
+    error = np.mean((a.astype(np.float32) - b) ** 2)
+    return min(100.0, 10 * math.log10(255**2 / error)) if error else 100.0
 
 
 def main(argv=None) -> int:
     """0: something was measured; 1: nothing was; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    return commands.guarded(
-        "fast_wan.py", lambda: collabvr.parse(argv, Measurement, "fast_wan.py").run())
+    kinds = {"seconds": Seconds, "likeness": Likeness}
+    return command("python -m examples.generators.measure_wan", __doc__, kinds, argv)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,105 @@
 """The main job, offline: a maze picture and a task go through collabvr.py's own main().
 
-    python examples/maze/run.py                      a 6x6 maze with three straight segments
-    python examples/maze/run.py --maze-seed 7        another one
-    python examples/maze/run.py --image maze.png     your own, square, 16 pixels a cell
+    python -m examples.maze.run                      a 6x6 maze with three straight segments
+    python -m examples.maze.run --maze-seed 7        another one
+    python -m examples.maze.run --image maze.png     your own, square, 16 pixels a cell
 
 Any other option goes on to collabvr.py. The planner, verifier and router are asked over HTTP, at an
-endpoint that this script starts (vlm.py); the clips come from diffusers' WanImageToVideoPipeline
+endpoint that this program starts (vlm.py). The clips come from diffusers' WanImageToVideoPipeline
 with the checkpoint in tiny-wan/.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+from typing import Annotated
 
 import imageio.v3 as iio
 import numpy as np
-import report
-import vlm
-import world
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
 
 import collabvr
+from collabvr import Problem
+from examples import common
+from examples.maze import vlm, world
+from examples.report import pages
 
 # what tiny-wan was trained for: clips of 17 frames, all of which the verifier sees
 CONFIG = {"seconds_first": 2.0, "seconds_next": 2.0}
 VLM = {"vlm": vlm.MODEL, "verify_fps": 8.0}
-WAN = {"vgm": str(HERE / "tiny-wan"), "fps": 8, "sampling_steps": 12, "guidance_scale": 1.0}
-OPTIONS = [x for k, v in (CONFIG | VLM | WAN).items() for x in (f"--{k.replace('_', '-')}", str(v))]
+WAN = {
+    "vgm": str(Path(__file__).resolve().parent / "tiny-wan"),
+    "fps": 8,
+    "sampling_steps": 12,
+    "guidance_scale": 1.0,
+}
+TASK = "Move the circle to the goal square."
 
 
-def main(argv=None) -> int:
-    """Exit status of collabvr.main; SystemExit with status 2 if a path is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="run folder (runs/maze-SEED or runs/NAME of the picture)")
-    parser.add_argument("--maze-seed", type=int, default=5, help="which maze (5)")
-    parser.add_argument("--image", help="a maze picture of your own instead")
-    parser.add_argument("--task", help="what is to be done in it")
-    args, others = parser.parse_known_args(argv)
-    if args.maze_seed < 0:
-        parser.error("--maze-seed must not be negative")
-    maze, image, out, task = None, args.image, args.out, args.task
-    try:
-        if image is None:
-            maze = world.make(6, 3, np.random.default_rng([2026, args.maze_seed]))
-            out = out or f"runs/maze-{args.maze_seed}"
-            image = str(Path(out, f"maze-{args.maze_seed}.png"))
-            Path(out).mkdir(parents=True, exist_ok=True)
-            iio.imwrite(image, world.draw(maze))
-            task = task or world.task(maze)
-        out = out or f"runs/{Path(image).stem}"
-        world.read(collabvr.load_image(image))
-    except (collabvr.Problem, OSError, ValueError) as error:
-        hint = "; without --image there is a maze to try" * bool(args.image)
-        parser.exit(2, f"run.py: {str(error).rstrip('.')}{hint}\n")
+@settings
+class Options:
+    out: Path | None = None  # run folder (default: runs/maze-SEED, or runs/NAME of the picture)
+    maze_seed: Annotated[int, Field(ge=0)] = 5  # which maze
+    image: Path | None = None  # a maze picture of your own instead
+    task: str | None = None  # what is to be done in it
 
+
+@dataclass
+class Job:
+    """A picture, what is to be done, and where the run goes."""
+
+    image: Path
+    task: str
+    out: Path
+    maze: world.Maze | None  # known when the maze is ours
+
+
+def prepare(options: Options) -> Job:
+    """Draws the maze, or checks the picture that was given. Raises Problem."""
+    if options.image is not None:
+        out = options.out or Path("runs", options.image.stem)
+        with collabvr.explained(f"{options.image} shows no maze that can be read; without --image "
+                                "there is one to try", ValueError):
+            world.read(collabvr.load_image(options.image))
+        return Job(options.image, options.task or TASK, out, None)
+    maze = world.make(6, 3, np.random.default_rng([2026, options.maze_seed]))
+    out = options.out or Path(f"runs/maze-{options.maze_seed}")
+    out.mkdir(parents=True, exist_ok=True)
+    image = out / f"maze-{options.maze_seed}.png"
+    iio.imwrite(image, world.draw(maze))
+    return Job(image, options.task or world.task(maze), out, maze)
+
+
+def run(argv: list[str] | None) -> int:
+    import tyro
+
+    options, others = tyro.cli(
+        Options, description=__doc__, args=argv, prog="maze.run", return_unknown_args=True)
+    job = prepare(options)
+    arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out)]
+    for name, value in (CONFIG | VLM | WAN).items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
     with vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        status = collabvr.main([
-            "--image", image, "--task", task or "Move the circle to the goal square.",
-            "--out", out, *OPTIONS,
-            "--vlm-url", f"http://127.0.0.1:{server.server_port}/v1", *others])
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
         server.shutdown()
-    if status == 0 and maze and Path(out, "video.mp4").exists():
-        s = world.score(iio.imread(Path(out, "video.mp4"), plugin="pyav"), maze)
-        said = f"{'solved' if s.solved else 'not solved'}, {s.progress:.0%} of the way"
-        print(f"{'by rule':17} {said}")
-    if Path(out, "calls.jsonl").exists():  # also of a run that failed
-        print(f"{'page':17} {report.write(Path(out))}")
+    if status == 0 and job.maze is not None:
+        by_rule = world.score(common.load_run(job.out).frames(), job.maze)
+        solved = "solved" if by_rule.solved else "not solved"
+        print(f"{'by rule':17} {solved}, {by_rule.progress:.0%} of the way")
+    if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():
+        print(f"{'page':17} {pages.write(job.out)}")
     return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status of collabvr.main; 2 with a sentence if the picture is no maze."""
+    return common.guarded("maze.run", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,38 @@
-"""Train tiny-wan, the maze world's video generator, from nothing:
-`python examples/maze/train.py --work runs/train`.
+"""Train tiny-wan, the maze world's video generator, from nothing.
 
-The result is a diffusers folder that `WanImageToVideoPipeline` loads: Wan's own VAE, transformer,
-text encoder and scheduler classes, only very small. Three stages, each resumable (start the same
-command again): the VAE learns to compress maze clips, a data set of latents is computed once, the
-transformer learns rectified flow on it. Its training set has a short horizon, as real generators
-have: single moves, and whole tasks of one or two straight segments. A CUDA GPU is used if there is
-one. At the end it prints how often unseen clips come out right; with --check it does only that.
+    python -m examples.maze.train                # hours on two CPU cores
+    python -m examples.maze.train --minutes 5    # as far as one gets in that time: for a GPU
+    python -m examples.maze.train --check        # train nothing, compare it with the shipped one
+
+The result is a folder that diffusers' WanImageToVideoPipeline loads: Wan's own VAE, transformer,
+text encoder and scheduler classes, only very small. There are four stages:
+
+1. vae        the VAE learns to compress maze clips, on whole boards
+2. vae-crops  and looks closely at what happens, on cuttings around the circle
+3. latents    a data set is compressed once
+4. denoiser   the transformer and the text encoder learn rectified flow on it
+
+The same command goes on where it was stopped. A CUDA GPU is used if there is one; its batches are
+larger (`--scale`), and other processes draw the clips (`--workers`).
+
+What it is trained on has a short horizon, as real generators have: single moves, and whole tasks of
+one or two straight segments.
 """
 from __future__ import annotations
 
-import argparse
 import copy
-import functools
+import itertools
 import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import world
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -29,64 +42,56 @@ from diffusers import (
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from collabvr import Problem
+from examples import common
+from examples.maze import world
+
+SHIPPED = Path(__file__).parent / "tiny-wan"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 NUM_FRAMES = 17  # 2 s at 8 fps
-# cells a side, whole clips in a batch of the VAE: about equal pixels
-BATCHES = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]
+TOKENS = 96  # of a prompt at most, four corrections included
+SIZES = range(4, 9)  # cells a side
+SHARES = {"vae": 0.25, "vae-crops": 0.15, "latents": 0.1, "denoiser": 0.5}  # of --minutes
+
+
+# ------------------------------------------------------------------------------
+# What it is trained on
+
+
 KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
-# ---------------------------------------------------------------------------- what it is trained on
+@dataclass(frozen=True)
+class Example:
+    """A clip to learn from. path: what the prompt asks for; it may start between two cells."""
+
+    maze: world.Maze
+    path: list
+    prompt: str
 
 
-def example(n: int, rng: np.random.Generator, horizon: int = 2):
-    """One training clip: (maze, path, prompt).
-
-    The path is what the prompt asks for; it may start between two cells. Two thirds are single
-    moves, half of these with a correction after them, as `evolve` makes them; the rest are whole
-    tasks of at most `horizon` straight segments.
-    """
+def example(n: int, rng: np.random.Generator, horizon: int = 2) -> Example:
+    """One third are whole tasks of at most `horizon` straight segments, the others single moves."""
     look = training_look(rng)
     colour, goal = world.colour_word(look.circle), world.colour_word(look.goal)
-    thing = f"the {colour} {rng.choice(['circle', 'circle', 'circle', 'ball', 'dot'])}"
+    noun = rng.choice(["circle", "circle", "circle", "ball", "dot"])
+    thing = f"the {colour} {noun}"
     if rng.random() < 1 / 3:
-        while True:
-            maze = world.make(n, int(rng.integers(1, horizon + 1)), rng, look)
-            path = world.shortest_path(maze.open, maze.start, maze.goal)
-            if len(path) <= 9:
-                return maze, path, task_prompt(thing, goal, rng)
-    maze = world.make(n, None, rng, look)
-    cells = [tuple(map(int, c)) for c in np.argwhere(maze.open)]
-    while True:
-        start, direction = cells[rng.integers(len(cells))], str(rng.choice(list(world.MOVES)))
-        run = free_run(maze.open, start, direction)
-        if run > rng.integers(4):  # long moves are rarer in a maze, not less wanted
-            break
-    k = int(rng.integers(1, run + 1))
-    move, back = np.array(world.MOVES[direction]), 0.0
-    end = tuple(np.add(start, k * move))
-    asked = k
-    if rng.random() < 0.3 and k < 7:
-        # what regen and partial re-generation ask for: the rest of a move
-        back = rng.uniform(-0.5, 0.5)  # a little before or after the cell's centre
-        asked = min(k + int(rng.integers(0, 3)), 7)
-    beside = start + move * int(np.sign(back))
-    begin = tuple(np.add(start, back * move)) if world.is_open(maze.open, beside) else start
-    stands = rng.random() < 0.3 or maze.goal == start  # arriving on the goal is the hardest move
-    maze = world.Maze(maze.open, start, end if stands else maze.goal, look)
-    stop_at = goal if end == maze.goal else None
-    prompt = move_prompt(thing, direction, k, asked, k == run, stop_at, rng)
-    return maze, [begin, end], prompt
+        return whole_task(n, rng, horizon, look, thing, goal)
+    return single_move(n, rng, look, thing, goal)
 
 
 def training_look(rng: np.random.Generator) -> world.Look:
-    """A random look, most in colours of no list, so that shapes and not colours say what is what;
-    dark floors more often than the palettes have them, because a circle on them is the hardest to
-    learn."""
+    """Mostly colours of no list, so that shapes and not colours say what is what.
+
+    Dark floors are more frequent than in the palettes: a circle on them is the hardest to learn.
+    """
     dark = rng.random() < 0.3
     while True:
         look = world.make_look(rng, free=0.6)
@@ -94,7 +99,56 @@ def training_look(rng: np.random.Generator) -> world.Look:
             return look
 
 
-def free_run(open, cell, direction) -> int:
+def whole_task(n, rng, horizon: int, look: world.Look, thing: str, goal: str) -> Example:
+    while True:
+        maze = world.make(n, int(rng.integers(1, horizon + 1)), rng, look)
+        path = world.shortest_path(maze.open, maze.start, maze.goal)
+        if len(path) <= 9:
+            return Example(maze, path, task_prompt(thing, goal, rng))
+
+
+def single_move(n, rng, look: world.Look, thing: str, goal: str) -> Example:
+    """A straight move. Some prompts are corrected, as `evolve` corrects them."""
+    maze = world.make(n, None, rng, look)
+    start, direction, free = place_to_move(maze, rng)
+    move = np.array(world.MOVES[direction])
+    k = int(rng.integers(1, free + 1))  # cells that it goes
+    end = tuple(np.add(start, k * move))
+
+    # The rest of a move, as regen asks for it: from a little before or after a cell's centre, and
+    # the first order was longer.
+    asked, offset = k, 0.0
+    if rng.random() < 0.3 and k < 7:
+        offset = rng.uniform(-0.5, 0.5)
+        asked = min(k + int(rng.integers(0, 3)), 7)
+    begin = start
+    beside = start + move * int(np.sign(offset))
+    if world.is_open(maze.open, beside):
+        begin = tuple(np.add(start, offset * move))
+
+    # Arriving on the goal is the hardest move.
+    ends_on_goal = rng.random() < 0.3 or maze.goal == start
+    if ends_on_goal:
+        maze = world.Maze(maze.open, start, end, look)
+    else:
+        maze = world.Maze(maze.open, start, maze.goal, look)
+    stop_at = goal if end == maze.goal else None
+    prompt = move_prompt(thing, direction, k, asked, k == free, stop_at, rng)
+    return Example(maze, [begin, end], prompt)
+
+
+def place_to_move(maze: world.Maze, rng) -> tuple[tuple, str, int]:
+    """A corridor cell, a direction, and how many cells are free there."""
+    cells = [tuple(map(int, c)) for c in np.argwhere(maze.open)]
+    while True:
+        start = cells[rng.integers(len(cells))]
+        direction = str(rng.choice(list(world.MOVES)))
+        free = free_run(maze.open, start, direction)
+        if free > rng.integers(4):  # long moves are rarer in a maze, not less wanted
+            return start, direction, free
+
+
+def free_run(open, cell, direction: str) -> int:
     """How many corridor cells lie ahead of a cell before a wall."""
     k, move = 0, np.array(world.MOVES[direction])
     while world.is_open(open, tuple(cell + (k + 1) * move)):
@@ -102,7 +156,7 @@ def free_run(open, cell, direction) -> int:
     return k
 
 
-def task_prompt(thing, goal, rng) -> str:
+def task_prompt(thing: str, goal: str, rng) -> str:
     """A whole task in varied words, some with a correction after them."""
     text = str(rng.choice([
         f"Move {thing} to the {goal} square.",
@@ -111,77 +165,136 @@ def task_prompt(thing, goal, rng) -> str:
         f"Solve the maze: bring {thing} to the {goal} square and stop there.",
     ]))
     if rng.random() < 0.2:
-        text += f" Correction: Move {thing} to the {goal} square and keep it {rng.choice(KEPT)}."
+        kept = rng.choice(KEPT)
+        text += f" Correction: Move {thing} to the {goal} square and keep it {kept}."
     return text
 
 
-def move_prompt(thing, direction, k, asked, at_wall, goal, rng) -> str:
-    """A single move in varied words; where corrections follow, it is the last one that counts."""
+def move_prompt(thing: str, direction: str, k: int, asked: int, at_wall: bool,
+                goal: str | None, rng) -> str:
+    """A single move in varied words. Where corrections follow, the last one counts.
 
-    def far(count):
-        number = str(count) if rng.random() < 0.7 else WORDS[count]
-        cells = f"{number} {'cell' if count == 1 else 'cells'}"
-        plain = direction in ("up", "down") or rng.random() < 0.5
-        side = direction if plain else f"to the {direction}"
-        return f"{direction} {cells}" if rng.random() < 0.6 else f"{cells} {side}"
-
-    tail = str(rng.choice(["", "", " Nothing else moves.", " It stays inside the corridor.",
-                           " The walls do not change."]))
+    k: cells that it goes; asked: cells that the first order asks for; goal: the colour of the goal
+    if the move ends there.
+    """
+    tail = rng.choice([
+        "", "", " Nothing else moves.", " It stays inside the corridor.",
+        " The walls do not change."])
     if asked == k and rng.random() < 0.12 and (at_wall or goal):
         end = "wall" if at_wall else f"{goal} square"
         return f"Move {thing} {direction} until the {end}.{tail}"
-    text = f"{rng.choice(['Move', 'Move', 'Slide'])} {thing} {far(asked)}.{tail}"
+
+    verb = rng.choice(["Move", "Move", "Slide"])
+    text = f"{verb} {thing} {distance(direction, asked, rng)}.{tail}"
     for _ in range(rng.choice([0, 1, 2, 3], p=[0.55, 0.25, 0.12, 0.08])):
-        wrong = rng.choice([m for m in range(8) if m != asked]
-                           + [d for d in world.MOVES if d != direction])
-        fix = rng.choice([f", not {wrong}", f", not {wrong}", f" and keep it {rng.choice(KEPT)}",
-                          " without a jump"])
-        text += f" Correction: Move {thing} {far(asked)}{fix}."
+        other_counts = [m for m in range(8) if m != asked]
+        other_directions = [d for d in world.MOVES if d != direction]
+        wrong = rng.choice(other_counts + other_directions)
+        kept = rng.choice(KEPT)
+        fix = rng.choice([
+            f", not {wrong}", f", not {wrong}", f" and keep it {kept}", " without a jump"])
+        text += f" Correction: Move {thing} {distance(direction, asked, rng)}{fix}."
     if asked != k:
-        text += f" Correction: From here move {thing} {far(k)} and stop."
+        text += f" Correction: From here move {thing} {distance(direction, k, rng)} and stop."
     return text
 
 
-def frames_of(maze, path) -> torch.Tensor:
-    """The clip in -1..1, float32 (3, 17, H, W)."""
-    film = torch.from_numpy(world.film(maze, path, NUM_FRAMES))
-    return film.permute(3, 0, 1, 2).float() / 127.5 - 1
+def distance(direction: str, count: int, rng) -> str:
+    """'left 2 cells', 'two cells left' or 'two cells to the left'."""
+    number = str(count) if rng.random() < 0.7 else WORDS[count]
+    cells = f"{number} {'cell' if count == 1 else 'cells'}"
+    side = direction
+    if direction in ("left", "right") and rng.random() >= 0.5:
+        side = f"to the {direction}"
+    if rng.random() < 0.6:
+        return f"{direction} {cells}"
+    return f"{cells} {side}"
 
 
-# ---------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------
+# Clips in batches, drawn by other processes in advance
 
 
-ADAM = functools.partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.01)
-MUON = functools.partial(torch.optim.Muon, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+class Made(Dataset):
+    """make(i), for any i."""
+
+    def __init__(self, make: Callable):
+        self.make = make
+
+    def __getitem__(self, i: int):
+        return self.make(i)
 
 
-class Run:
-    """A stage of training: optimizers, cosine schedule, moving average and a checkpoint every few
-    minutes.
+def in_advance(make: Callable, first: int, workers: int) -> Iterator:
+    """make(first), make(first + 1), .. without an end. workers: 0 makes them here, when needed."""
+    return iter(DataLoader(Made(make), batch_size=None, sampler=range(first, 2**40),
+                           num_workers=workers, worker_init_fn=end_with_the_parent,
+                           pin_memory=CUDA))
 
-    optimizers: per optimizer its peak learning rate, its class, and the parameters it takes (None:
-    all).
+
+def end_with_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def board(maze: world.Maze) -> np.ndarray:
+    """The maze without circle and goal, uint8 (H, W, 3)."""
+    cells = np.where(maze.open[..., None], np.uint8(maze.look.floor), np.uint8(maze.look.wall))
+    return cells.repeat(world.CELL, 0).repeat(world.CELL, 1)
+
+
+def drawn(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their films, uint8 (B, 17, H, W, 3), and their boards, uint8 (B, H, W, 3)."""
+    films = np.stack([world.film(x.maze, x.path, NUM_FRAMES) for x in examples])
+    boards = np.stack([board(x.maze) for x in examples])
+    return torch.from_numpy(films), torch.from_numpy(boards)
+
+
+def video(films: torch.Tensor) -> torch.Tensor:
+    """From uint8 (B, T, H, W, 3) to what the VAE takes: float32 (B, 3, T, H, W) in -1..1."""
+    films = films.to(DEVICE, non_blocking=True)
+    return films.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def moving(x: torch.Tensor) -> torch.Tensor:
+    """Which pixels of videos (B, 3, T, H, W) change, bool (B, 1, T, H, W)."""
+    return (x - x.mean(2, keepdim=True)).abs().amax(1, keepdim=True) > 0.05
+
+
+# ------------------------------------------------------------------------------
+# A stage of training
+
+
+class Stage:
+    """Optimizers, a cosine schedule, a moving average, and a checkpoint every two minutes.
+
+    optimizers: (peak learning rate, optimizer) each
+    iterations: how many there are, or, with `seconds`, as many as fit into that time
     """
 
-    def __init__(self, name, modules: torch.nn.Module, iterations, optimizers, work: Path):
-        self.path, self.modules, self.iterations = work / f"{name}.pt", modules, iterations
+    def __init__(self, path: Path, modules: torch.nn.Module, optimizers: list,
+                 iterations: int, seconds: float | None):
+        self.path, self.modules, self.optimizers = path, modules, optimizers
+        self.iterations, self.seconds = iterations, seconds
         self.average = copy.deepcopy(modules).requires_grad_(False)
-        self.optimizers = [(lr, kind(list(parameters or modules.parameters()), lr=lr))
-                           for lr, kind, parameters in optimizers]
-        self.i, self.saved = 0, time.monotonic()
-        if self.path.exists():
-            state = torch.load(self.path, "cpu", weights_only=True)
-            modules.load_state_dict(state["modules"])
-            self.average.load_state_dict(state["average"])
-            for (_, optimizer), old in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(old)
-            self.i = state["i"]
+        self.i = 0
+        self.spent = 0.0  # seconds, in earlier starts
+        self.began = self.saved = time.monotonic()
+        if path.exists():
+            self.load()
+        self.quarters = int(4 * self.progress())
 
-    def steps(self):
-        """Iteration numbers that are still to be done."""
-        with tqdm(total=self.iterations, initial=self.i, desc=self.path.stem,
-                  mininterval=10) as self.bar:
-            while self.i < self.iterations:
+    def progress(self) -> float:
+        """From 0 to 1."""
+        if self.seconds is None:
+            return self.i / self.iterations
+        return min(1.0, (self.spent + time.monotonic() - self.began) / self.seconds)
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the iterations that are still to be done."""
+        total = None if self.seconds else self.iterations
+        with tqdm(total=total, initial=self.i, desc=self.path.stem, mininterval=10) as self.bar:
+            while self.progress() < 1:
                 yield self.i
                 self.i += 1
                 self.bar.update()
@@ -189,330 +302,531 @@ class Run:
                     self.save()
         self.save()
 
-    def step(self, loss):
-        """One update, the moving average included."""
+    def step(self, loss: torch.Tensor) -> None:
+        """One update of the weights and of their moving average."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        warm = min(1, (self.i + 1) / 100)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self.i / self.iterations)
-        for lr, optimizer in self.optimizers:
+        warm = min(1.0, (self.i + 1) / 100)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress())
+        for peak, optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * warm * (0.02 + 0.98 * cosine)
+                group["lr"] = peak * warm * (0.02 + 0.98 * cosine)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         decay = min(0.998, (self.i + 1) / (self.i + 20))
         with torch.no_grad():
-            for a, p in zip(self.average.parameters(), self.modules.parameters()):
+            for a, p in zip(self.average.parameters(), self.modules.parameters(), strict=True):
                 a.lerp_(p, 1 - decay)
-        self.bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if self.i % 50 == 0:  # reading the loss waits for the GPU
+            self.bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
-    def save(self):
-        state = {"modules": self.modules.state_dict(), "average": self.average.state_dict(),
-                 "optimizers": [o.state_dict() for _, o in self.optimizers], "i": self.i}
-        torch.save(state, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
-        self.saved = time.monotonic()
+    def quarter_is_over(self) -> bool:
+        """Whether another quarter of the stage has ended since the last time."""
+        before, self.quarters = self.quarters, int(4 * self.progress())
+        return self.quarters > before
+
+    def save(self) -> None:
+        now = time.monotonic()
+        self.spent += now - self.began
+        self.began = self.saved = now
+        write(self.path, {
+            "modules": self.modules.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for _, optimizer in self.optimizers],
+            "i": self.i,
+            "spent": self.spent,
+        })
+
+    def load(self) -> None:
+        state = torch.load(self.path, "cpu", weights_only=True)
+        self.modules.load_state_dict(state["modules"])
+        self.average.load_state_dict(state["average"])
+        for (_, optimizer), old in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(old)
+        self.i, self.spent = state["i"], state["spent"]
+
+
+def write(path: Path, what) -> None:
+    """A file of tensors, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(what, temporary)
+    temporary.replace(path)
+
+
+def adam(parameters, peak: float) -> tuple[float, torch.optim.Optimizer]:
+    return peak, torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def muon(matrices, peak: float) -> tuple[float, torch.optim.Optimizer]:
+    return peak, torch.optim.Muon(
+        matrices, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+
+# ------------------------------------------------------------------------------
+# Stages 1 and 2: the VAE
+
+
+WHOLE_BOARDS = [(4, 6), (5, 4), (6, 3), (7, 2), (8, 2)]  # cells a side, clips: about equal pixels
+CROP = 4  # cells a side
 
 
 def new_vae() -> AutoencoderKLWan:
-    """Wan's video autoencoder: 4x in time and 8x in space as in Wan2.2 A14B, two of the 8 by
-    patches; 0.67 M parameters."""
-    return AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1,
-                            temperal_downsample=[True, True], patch_size=2, in_channels=12,
-                            out_channels=12)
+    """Wan's video autoencoder, 0.67 M parameters: 4x in time and 8x in space as in Wan2.2 A14B,
+    two of the 8 by patches."""
+    return AutoencoderKLWan(
+        base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1,
+        temperal_downsample=[True, True], patch_size=2, in_channels=12, out_channels=12)
 
 
-def train_vae(args) -> AutoencoderKLWan:
-    """Reconstruction in two stretches, each with its own cosine. The first learns the many colours
-    from whole boards, on short pieces in large batches, then on whole clips, because a causal VAE
-    that never saw 17 frames drifts after those it saw. The second looks closely at what happens:
-    crops around the walk, half of which end on the goal."""
-    torch.manual_seed(args.seed)
-    vae = vae_stretch(args, "vae", new_vae().to(DEVICE), 2e-3)
-    return vae_stretch(args, "vae-crops", vae, 1e-3).eval()
+def board_batch(i: int, seed: int, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch i of stage 1: whole boards of one size."""
+    return whole_boards(np.random.default_rng([seed, 1, i]), scale)
 
 
-def vae_stretch(args, name: str, vae, lr: float) -> AutoencoderKLWan:
-    """The moving average after `args.vae_iterations` more iterations."""
-    for m in vae.modules():
-        if isinstance(m, torch.nn.Conv3d):  # a quarter faster on a CPU
-            m.weight.data = m.weight.data.to(memory_format=torch.channels_last_3d)
-    run = Run(name, vae.requires_grad_(True), args.vae_iterations, [(lr, ADAM, None)],
-              args.work)
-    for i in run.steps():
-        rng = np.random.default_rng([args.seed, 1 if name == "vae" else 6, i])
-        share = i / args.vae_iterations
-        length = NUM_FRAMES
-        if name == "vae" and share < 0.65:
-            length = 5 if share < 0.45 else 9
-        elif name != "vae" and rng.random() < 0.3:
-            length = 5
-        more = NUM_FRAMES // length
-        if name == "vae" or rng.random() < 0.12:  # the attention in the middle needs whole boards
-            n, batch = BATCHES[rng.integers(len(BATCHES))]
-            clips = [clip(*example(n, rng, horizon=3)[:2]) for _ in range(batch * more)]
-        else:
-            clips = [crop(rng) for _ in range(6 * more)]
-        first = int(rng.integers(0, NUM_FRAMES - length + 1))
-        x, weight = (torch.stack(t)[:, :, first : first + length].to(DEVICE)
-                     for t in zip(*clips, strict=True))
-        weight[:, :, 0] *= 1 + length / 8  # the next clip will start from a frame 0
-        posterior = run.modules.encode(x).latent_dist
-        error = run.modules.decode(posterior.sample(torch.Generator().manual_seed(i))).sample - x
-        loss = (weight * (error.abs() + 2 * error.square())).sum() / weight.expand_as(error).sum()
-        spread = posterior.mean.square() + posterior.var - 1 - posterior.logvar
-        run.step(loss + 1e-4 * spread.mean())
-        if (i + 1) % 250 == 0:
-            run.bar.write(f"{name} {i + 1}: PSNR {psnr(run.average, args.seed):.1f} dB")
-    return run.average
+def crop_batch(i: int, seed: int, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch i of stage 2: cuttings, and sometimes whole boards, for the attention in the middle."""
+    rng = np.random.default_rng([seed, 6, i])
+    if rng.random() < 0.12:
+        return whole_boards(rng, scale)
+    films, boards = zip(*[crop(rng) for _ in range(6 * scale)], strict=True)
+    return torch.cat(films), torch.cat(boards)
 
 
-def clip(maze, path) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip (3, 17, H, W) in -1..1, and how much each pixel of it counts (1, 17, H, W): circle and
-    goal more than the board, what changes most."""
-    x, look = frames_of(maze, path), maze.look
-    ground = np.where(maze.open[..., None], np.float32(look.floor), np.float32(look.wall))
-    ground = torch.from_numpy(ground.repeat(world.CELL, 0).repeat(world.CELL, 1)) / 127.5 - 1
-    things = (x - ground.permute(2, 0, 1)[:, None]).abs().amax(0, keepdim=True) > 0.1
-    return x, 1 + 8 * things.float() + 12 * moving(x).float()
+def whole_boards(rng, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n, count = WHOLE_BOARDS[rng.integers(len(WHOLE_BOARDS))]
+    return drawn([example(n, rng, horizon=3) for _ in range(count * scale)])
 
 
-def moving(x: torch.Tensor) -> torch.Tensor:
-    """Which pixels of a clip (3, T, H, W) change, bool (1, T, H, W)."""
-    return (x - x.mean(1, keepdim=True)).abs().amax(0, keepdim=True) > 0.05
-
-
-def crop(rng, cells: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip and its weights, cut to 4 x 4 cells around a place of the walk."""
-    n = int(rng.integers(4, 9))
+def crop(rng) -> tuple[torch.Tensor, torch.Tensor]:
+    """One clip, cut to 4 x 4 cells around a place of the walk, often its end, often on the goal."""
+    n = int(rng.integers(SIZES.start, SIZES.stop))
     while True:
-        maze, path, _ = example(n, rng, horizon=3)
-        if tuple(maze.goal) == tuple(path[-1]) or rng.random() < 0.6:
+        x = example(n, rng, horizon=3)
+        if tuple(x.maze.goal) == tuple(x.path[-1]) or rng.random() < 0.6:
             break
-    place = path[-1] if rng.random() < 0.5 else path[int(rng.integers(len(path)))]
-    row, column = (int(np.clip(round(p) - rng.integers(cells), 0, n - cells)) for p in place)
-    rows, columns = (slice(k * world.CELL, (k + cells) * world.CELL) for k in (row, column))
-    x, weight = clip(maze, path)
-    return x[:, :, rows, columns], weight[:, :, rows, columns]
+    place = x.path[-1]
+    if rng.random() < 0.5:
+        place = x.path[rng.integers(len(x.path))]
+    films, boards = drawn([x])
+    corner = [int(np.clip(round(p) - rng.integers(CROP), 0, n - CROP)) for p in place]
+    rows, columns = (slice(k * world.CELL, (k + CROP) * world.CELL) for k in corner)
+    return films[:, :, rows, columns], boards[:, rows, columns]
 
 
-@torch.no_grad()
-def psnr(vae, seed, clips=5) -> float:
-    """Mean PSNR (dB) over unseen clips, one of each size."""
-    out = []
-    for k in range(clips):
-        x = frames_of(*example(4 + k % 5, np.random.default_rng([seed, 2, k]))[:2])[None].to(DEVICE)
-        error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x) / 2
-        out.append(-10 * math.log10(F.mse_loss(error, torch.zeros_like(error)).item()))
-    return float(np.mean(out))
+def importance(x: torch.Tensor, boards: torch.Tensor) -> torch.Tensor:
+    """How much each pixel of videos counts, (B, 1, T, H, W): circle and goal more than the board,
+    what moves most."""
+    empty = video(boards[:, None])
+    things = (x - empty).abs().amax(1, keepdim=True) > 0.1
+    return 1 + 8 * things.float() + 12 * moving(x).float()
 
 
-# ----------------------------------------------------------------------------------------- latents
+def pieces(x: torch.Tensor, length: int, first: int) -> torch.Tensor:
+    """Videos (B, C, 17, H, W) cut from frame `first` on into pieces of that length."""
+    count = (NUM_FRAMES - first) // length
+    return torch.cat([x[:, :, first + k * length :][:, :, :length] for k in range(count)])
 
 
-@torch.no_grad()
-def make_latents(args, vae) -> list[dict]:
-    """The data set: per clip the latents, those of its conditioning frame, where something moves
-    (bool (1, 5, 2 n, 2 n)), the prompt. Computed once, 100 a file.
+def train_vae(train: Train) -> AutoencoderKLWan:
+    """Two stages, each with its own cosine.
 
-    Half of the conditioning frames have been through the VAE and some noise, as the last frame of
-    a generated clip has, while the target is clean: so errors do not add up from step to step.
+    The first sees short pieces, then whole clips: a causal VAE that never saw 17 frames drifts
+    after those that it saw.
     """
-    out = []
-    for part in tqdm(range(args.clips // 100), desc="latents", mininterval=10):
-        path = args.work / f"latents-{part:03d}.pt"
+    def length_of_boards(progress: float, _) -> int:
+        if progress < 0.45:
+            return 5
+        return 9 if progress < 0.65 else NUM_FRAMES
+
+    def length_of_crops(_, rng) -> int:
+        return 5 if rng.random() < 0.3 else NUM_FRAMES
+
+    torch.manual_seed(train.seed)
+    vae = new_vae().to(DEVICE)
+    vae = vae_stage(train, "vae", vae, 2e-3, board_batch, length_of_boards)
+    return vae_stage(train, "vae-crops", vae, 1e-3, crop_batch, length_of_crops).eval()
+
+
+def vae_stage(train: Train, name: str, vae, peak: float, batch: Callable,
+              length_of: Callable) -> AutoencoderKLWan:
+    """The moving average after a stage of reconstruction."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):  # a quarter faster on a CPU
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
+    vae.requires_grad_(True)
+    stage = train.stage(name, vae, [adam(vae.parameters(), peak)], train.vae_iterations)
+    made = in_advance(Batch(batch, train.seed, train.scale), stage.i, train.workers)
+    for i, (films, boards) in zip(stage.steps(), made, strict=False):
+        rng = np.random.default_rng([train.seed, 7, i])
+        length = length_of(stage.progress(), rng)
+        first = int(rng.integers(0, NUM_FRAMES % length + 1))
+        x = video(films)
+        weight = pieces(importance(x, boards), length, first)
+        weight[:, :, 0] *= 1 + length / 8  # the next clip will start from a frame 0
+        x = pieces(x, length, first)
+
+        posterior = vae.encode(x).latent_dist
+        noise = torch.Generator(DEVICE).manual_seed(i)
+        error = vae.decode(posterior.sample(noise)).sample - x
+        loss = (weight * (error.abs() + 2 * error.square())).sum() / weight.sum() / 3
+        spread = posterior.mean.square() + posterior.var - 1 - posterior.logvar
+        stage.step(loss + 1e-4 * spread.mean())
+        if stage.quarter_is_over():
+            stage.bar.write(f"{name} {i + 1}: PSNR {psnr(stage.average, train.seed):.1f} dB")
+    return stage.average
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A function of i that another process can be given."""
+
+    make: Callable
+    seed: int
+    scale: int
+
+    def __call__(self, i: int):
+        return self.make(i, self.seed, self.scale)
+
+
+@torch.no_grad()
+def psnr(vae, seed: int) -> float:
+    """Mean PSNR (dB) over unseen clips, one of each size."""
+    found = []
+    for k, n in enumerate(SIZES):
+        films, _ = drawn([example(n, np.random.default_rng([seed, 2, k]))])
+        x = video(films)
+        error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x) / 2
+        found.append(-10 * math.log10(error.square().mean().item()))
+    return float(np.mean(found))
+
+
+# ------------------------------------------------------------------------------
+# Stage 3: latents
+
+
+PART = 25  # batches in a file
+
+
+def latent_batch(i: int, seed: int, scale: int) -> tuple[torch.Tensor, list[str]]:
+    """Batch i: films of one size, uint8 (B, 17, H, W, 3), and their prompts."""
+    rng = np.random.default_rng([seed, 3, i])
+    n = int(rng.integers(SIZES.start, SIZES.stop))
+    examples = [example(n, rng) for _ in range(4 * scale)]
+    return drawn(examples)[0], [x.prompt for x in examples]
+
+
+@torch.no_grad()
+def make_latents(train: Train, vae) -> list[dict]:
+    """The data set in batches, each of one size:
+
+    x          latents of the clips, half (B, 16, 5, 2 n, 2 n)
+    condition  latents of their conditioning frames, the same shape
+    moving     where something moves, bool (B, 1, 5, 2 n, 2 n)
+    prompts    B texts
+    """
+    seconds = train.seconds("latents")
+    found: list[dict] = []
+    clips, spent = 0, 0.0
+    made = None
+    for number in itertools.count():
+        if clips >= train.clips * train.scale or found and seconds and spent >= seconds:
+            return found
+        path = train.work / f"latents-{number:03d}.pt"
         if not path.exists():
-            rows, rng = [], np.random.default_rng([args.seed, 3, part])
-            for _ in range(25):
-                n = int(rng.integers(4, 9))
-                examples = [example(n, rng) for _ in range(4)]
-                x = torch.stack([frames_of(maze, walked) for maze, walked, _ in examples])
-                x = x.to(DEVICE)
-                first = x[:, :, :1].clone()
-                worn = vae.decode(vae.encode(first[:2]).latent_dist.mode()).sample
-                noise = torch.from_numpy(rng.standard_normal(worn.shape, dtype=np.float32))
-                first[:2] = (worn + 0.03 * noise.to(DEVICE)).clamp(-1, 1)
-                condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
-                both = vae.encode(torch.cat([x, condition])).latent_dist.mode().half().cpu()
-                rows += [{"n": n, "prompt": e[2], "x": both[i].clone(),
-                          "condition": both[4 + i].clone(), "moving": latent_moving(x[i]).cpu()}
-                         for i, e in enumerate(examples)]
-            torch.save(rows, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-        out += torch.load(path, weights_only=True)
-    return out
+            began = time.monotonic()
+            if made is None:
+                make = Batch(latent_batch, train.seed, train.scale)
+                made = in_advance(make, number * PART, train.workers)
+            batches = [compress(vae, *next(made), seed=number * PART + k) for k in range(PART)]
+            write(path, {"batches": batches, "seconds": time.monotonic() - began})
+            print(f"latents: {clips + sum(len(x['prompts']) for x in batches)} clips",
+                  file=sys.stderr)
+        part = torch.load(path, weights_only=True)
+        found += part["batches"]
+        clips += sum(len(x["prompts"]) for x in part["batches"])
+        spent += part["seconds"]
+
+
+def compress(vae, films: torch.Tensor, prompts: list[str], seed: int) -> dict:
+    """Half of the conditioning frames have been through the VAE and some noise, as the last frame
+    of a generated clip has, while the target is clean: so errors do not add up."""
+    x = video(films)
+    first = x[:, :, :1].clone()
+    half = len(x) // 2
+    worn = vae.decode(vae.encode(first[:half]).latent_dist.mode()).sample
+    noise = torch.randn(worn.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    first[:half] = (worn + 0.03 * noise).clamp(-1, 1)
+    condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
+    return {
+        "x": vae.encode(x).latent_dist.mode().half().cpu(),
+        "condition": vae.encode(condition).latent_dist.mode().half().cpu(),
+        "moving": latent_moving(x).cpu(),
+        "prompts": list(prompts),
+    }
 
 
 def latent_moving(x: torch.Tensor) -> torch.Tensor:
-    """`moving` on the grid of the latents, and one step around it: a latent is 4 frames (the first
-    1) of 8 x 8 pixels, and its neighbours have a share in what the decoder draws there."""
+    """`moving` on the grid of the latents, and one step around it, because a latent's neighbours
+    have a share in what the decoder draws there. A latent is 4 frames (the first: 1) of 8 x 8."""
     pixels = moving(x).float()
-    pixels = torch.cat([pixels[:, :1].repeat(1, 4, 1, 1), pixels[:, 1:]], 1)
-    return F.max_pool3d(F.max_pool3d(pixels, (4, 8, 8)), (1, 3, 3), 1, (0, 1, 1)) > 0
+    pixels = torch.cat([pixels[:, :, :1].repeat(1, 1, 4, 1, 1), pixels[:, :, 1:]], 2)
+    here = F.max_pool3d(pixels, (4, 8, 8))
+    return F.max_pool3d(here, (1, 3, 3), 1, (0, 1, 1)) > 0
 
 
-def normalise(vae, rows) -> None:
-    """Writes the latents' mean and deviation per channel into the VAE's configuration, where the
+def normalise(vae, batches: list[dict]) -> None:
+    """The latents' mean and deviation per channel, into the VAE's configuration, where the
     pipeline reads them."""
-    sample = torch.cat([r["x"].float().flatten(1) for r in rows[:1000]], 1)
-    vae.register_to_config(latents_mean=sample.mean(1).tolist(), latents_std=sample.std(1).tolist())
+    channels = [x["x"].float().transpose(0, 1).flatten(1) for x in batches[:250]]
+    sample = torch.cat(channels, 1)  # (16, k)
+    vae.register_to_config(
+        latents_mean=sample.mean(1).tolist(), latents_std=sample.std(1).tolist())
 
 
-# ---------------------------------------------------------------------------- text and transformer
+# ------------------------------------------------------------------------------
+# Stage 4: text encoder and transformer
 
 
-def new_tokenizer(prompts) -> PreTrainedTokenizerFast:
-    """One token a word; prompts of up to 96 words, four corrections included."""
+def new_tokenizer(prompts: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word."""
     splitter = pre_tokenizers.Whitespace()
-    words = sorted({w for p in prompts for w, _ in splitter.pre_tokenize_str(p.lower())})
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<unk>", *words])}
+    words = {word for p in prompts for word, _ in splitter.pre_tokenize_str(p.lower())}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted(words)])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), splitter
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>",
-                                   model_max_length=96)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", model_max_length=TOKENS)
 
 
 def new_denoiser(vocabulary: int) -> torch.nn.ModuleDict:
-    """Wan's transformer with A14B's inputs (noise 16, mask 4, condition 16), and a two-layer text
-    encoder."""
-    text = UMT5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2,
-                      num_heads=4, dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0)
-    return torch.nn.ModuleDict({
-        "text_encoder": UMT5EncoderModel(text),
-        "transformer": WanTransformer3DModel(
-            num_attention_heads=3, attention_head_dim=64, in_channels=36, out_channels=16,
-            text_dim=64, freq_dim=64, ffn_dim=768, num_layers=6, rope_max_seq_len=64),
-    })
+    """Wan's transformer with A14B's inputs (noise 16, mask 4, condition 16), and a text encoder of
+    two layers."""
+    text = UMT5Config(
+        vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=64, in_channels=36, out_channels=16,
+        text_dim=64, freq_dim=64, ffn_dim=768, num_layers=6, rope_max_seq_len=64)
+    return torch.nn.ModuleDict(
+        {"text_encoder": UMT5EncoderModel(text), "transformer": transformer})
 
 
-def train_denoiser(args, vae, rows):
-    """Rectified flow with shift 3 on the latents, bf16 autocast; what moves counts more than what
-    stands. Muon trains the matrices of the blocks, AdamW the rest."""
-    torch.manual_seed(args.seed)
-    tokenizer = new_tokenizer(r["prompt"] for r in rows)
+def by_size(batches: list[dict], tokenizer, vae) -> dict[int, dict[str, torch.Tensor]]:
+    """The data set by cells a side, on the device, its latents normalised."""
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1)
+                 for v in (vae.config.latents_mean, vae.config.latents_std))
+    found = {}
+    for n in SIZES:
+        mine = [x for x in batches if x["x"].shape[-1] == 2 * n]
+        if not mine:
+            continue
+        prompts = [p for x in mine for p in x["prompts"]]
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS,
+                           return_tensors="pt")
+        data = {key: torch.cat([x[key] for x in mine]) for key in ("x", "condition", "moving")}
+        for key in ("x", "condition"):
+            data[key] = ((data[key].float() - mean) / std).half()
+        data |= {"tokens": tokens.input_ids, "attention": tokens.attention_mask}
+        found[n] = {key: value.to(DEVICE) for key, value in data.items()}
+    return found
+
+
+def train_denoiser(train: Train, vae, batches: list[dict]) -> WanImageToVideoPipeline:
+    """Rectified flow with shift 3 in bf16; what moves counts more than what stands. Muon trains
+    the matrices of the blocks, AdamW the rest."""
+    torch.manual_seed(train.seed)
+    tokenizer = new_tokenizer([p for x in batches for p in x["prompts"]])
+    data = by_size(batches, tokenizer, vae)
     modules = new_denoiser(len(tokenizer)).to(DEVICE)
     matrices = [p for p in modules["transformer"].blocks.parameters() if p.ndim == 2]
-    rest = [p for p in modules.parameters() if all(p is not m for m in matrices)]
-    run = Run("denoiser", modules, args.iterations,
-              [(1.5e-3, MUON, matrices), (1e-3, ADAM, rest)], args.work)
-    transformer = torch.compile(modules["transformer"], dynamic=True)
-    mean, std = (torch.tensor(v, device=DEVICE).view(1, 16, 1, 1, 1)
-                 for v in (vae.config.latents_mean, vae.config.latents_std))
-    mask = torch.zeros(1, 4, 5, 1, 1, device=DEVICE)
-    mask[:, :, 0] = 1  # the conditioning frame is known
-    by_size = {n: [r for r in rows if r["n"] == n] for n in range(4, 9)}
-    for i in run.steps():
-        rng, noise_rng = np.random.default_rng([args.seed, 4, i]), torch.Generator().manual_seed(i)
-        n = int(rng.integers(4, 9))
-        batch = [by_size[n][k] for k in rng.integers(0, len(by_size[n]), 864 // n**2)]
-        x, condition = ((torch.stack([r[k] for r in batch]).to(DEVICE).float() - mean) / std
-                        for k in ("x", "condition"))
-        u = torch.rand(len(x), 1, 1, 1, 1, generator=noise_rng).to(DEVICE)
+    ids = {id(p) for p in matrices}
+    others = [p for p in modules.parameters() if id(p) not in ids]
+    optimizers = [muon(matrices, 1.5e-3), adam(others, 1e-3)]
+    stage = train.stage("denoiser", modules, optimizers, train.iterations)
+    transformer = modules["transformer"]
+    if train.minutes is None:  # compiling takes a good part of a few minutes
+        transformer = torch.compile(transformer, dynamic=True)
+
+    known = torch.zeros(1, 4, 5, 1, 1, device=DEVICE)
+    known[:, :, 0] = 1  # the conditioning frame
+    for i in stage.steps():
+        rng = np.random.default_rng([train.seed, 4, i])
+        noise_rng = torch.Generator(DEVICE).manual_seed(i)
+        n = int(rng.choice(list(data)))
+        rows = data[n]
+        count = 864 * train.scale // n**2  # about equal tokens
+        pick = torch.randint(len(rows["x"]), (count,), generator=noise_rng, device=DEVICE)
+        x, condition = rows["x"][pick].float(), rows["condition"][pick].float()
+        attention = rows["attention"][pick]
+
+        u = torch.rand(count, 1, 1, 1, 1, generator=noise_rng, device=DEVICE)
         sigma = 3 * u / (1 + 2 * u)
-        noise = torch.randn(x.shape, generator=noise_rng).to(DEVICE)
-        tokens = tokenizer([r["prompt"] for r in batch], padding="max_length", truncation=True,
-                           max_length=96, return_tensors="pt").to(DEVICE)
+        noise = torch.randn(x.shape, generator=noise_rng, device=DEVICE)
+        mask = known.expand(count, -1, -1, *x.shape[3:])
+        inputs = torch.cat([(1 - sigma) * x + sigma * noise, mask, condition], 1)
         with torch.autocast(DEVICE, torch.bfloat16):
-            text = run.modules["text_encoder"](tokens.input_ids, tokens.attention_mask)
-            text = text.last_hidden_state * tokens.attention_mask[..., None]  # as the pipeline pads
-            inputs = torch.cat([(1 - sigma) * x + sigma * noise,
-                                mask.expand(len(x), -1, -1, *x.shape[3:]), condition], 1)
+            text = modules["text_encoder"](rows["tokens"][pick], attention).last_hidden_state
+            text = text * attention[..., None]  # as the pipeline pads
             flow = transformer(inputs, 1000 * sigma.flatten(), text, return_dict=False)[0]
-        weight = 1 + 4 * torch.stack([r["moving"] for r in batch]).to(DEVICE).float()
-        run.step((weight * (flow.float() - (noise - x)).square()).mean() / weight.mean())
-        if (i + 1) % 500 == 0 and i + 1 < args.iterations:
-            pipe = pipeline(vae, run.average, tokenizer)
-            found = evaluate(pipe, args, 8).items()
-            right = ", ".join(f"{k} {a}/{b}" for k, (a, b) in found)
-            run.bar.write(f"denoiser {i + 1}: {right}")
-    return pipeline(vae, run.average, tokenizer)
+        weight = 1 + 4 * rows["moving"][pick].float()
+        error = (flow.float() - (noise - x)).square()
+        stage.step((weight * error).mean() / weight.mean())
+    return pipeline(vae, stage.average, tokenizer)
 
 
 def pipeline(vae, modules, tokenizer) -> WanImageToVideoPipeline:
-    """The parts as the pipeline that diffusers loads and saves."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-                                        flow_shift=3.0)
-    text_encoder, transformer = modules["text_encoder"].eval(), modules["transformer"].eval()
-    pipe = WanImageToVideoPipeline(tokenizer, text_encoder, vae.eval(), scheduler,
-                                   transformer=transformer)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanImageToVideoPipeline(
+        tokenizer, modules["text_encoder"].eval(), vae.eval(), scheduler,
+        transformer=modules["transformer"].eval())
+
+
+def save(pipe, out: Path) -> None:
+    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32)."""
+    for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
+        part.to(torch.bfloat16)
+    pipe.save_pretrained(out, safe_serialization=True)
+
+
+# ------------------------------------------------------------------------------
+# How good it is
+
+
+KINDS = ["moves", "evolved moves", "1 segment", "2 segments", "3 segments"]
+
+
+def unseen(kind: str, seed: int) -> Iterator[Example]:
+    """Clips of that kind that training never saw, without an end. Whole tasks are in the listed
+    palettes, moves in any colours."""
+    rng = np.random.default_rng([seed, 5, KINDS.index(kind)])
+    while True:
+        n = int(rng.integers(SIZES.start, SIZES.stop))
+        if "segment" in kind:
+            maze = world.make(n, int(kind[0]), rng)
+            path = world.shortest_path(maze.open, maze.start, maze.goal)
+            yield Example(maze, path, world.task(maze))
+            continue
+        x = example(n, rng)
+        is_move = x.prompt.startswith("Move")
+        names_goal = x.maze.goal == x.path[-1] and "square" in x.prompt
+        corrected = "Correction" in x.prompt
+        if is_move and not names_goal and corrected == (kind == "evolved moves"):
+            yield x
+
+
+def load(folder: Path) -> WanImageToVideoPipeline:
+    if not (folder / "model_index.json").is_file():
+        raise Problem(f"{folder} is no diffusers folder.")
+    pipe = WanImageToVideoPipeline.from_pretrained(
+        folder, dtype={"default": torch.bfloat16, "vae": torch.float32}).to(DEVICE)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-# --------------------------------------------------------------------------------- how good it is
+def is_right(pipe, x: Example, seed: int, sampling_steps: int) -> bool:
+    """Whether the circle ends within half a cell of where the prompt wants it, stayed one circle,
+    left no corridor and did not jump."""
+    side = len(x.maze.open) * world.CELL
+    embeds, _ = pipe.encode_prompt(
+        x.prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
+    frames = pipe(
+        Image.fromarray(world.draw(x.maze, x.path[0])), prompt_embeds=embeds, height=side,
+        width=side, num_frames=NUM_FRAMES, guidance_scale=1.0,
+        num_inference_steps=sampling_steps,
+        generator=torch.Generator().manual_seed(seed)).frames[0]
+    s = world.score((frames * 255).round().astype(np.uint8), x.maze)
+    near = s.end is not None and np.abs(np.subtract(s.end, x.path[-1])).max() < 0.5
+    return bool(near and s.one_circle and not s.left_corridors and not s.jumped)
 
 
-def evaluate(pipe, args, clips: int) -> dict:
-    """{kind: (right, tried)} over unseen clips. Right: the circle ends within half a cell of where
-    the prompt wants it, stayed one circle, left no corridor and did not jump."""
-    out = {"moves": [0, 0], "evolved moves": [0, 0],
-           "1 segment": [0, 0], "2 segments": [0, 0], "3 segments": [0, 0]}
-    for kind, tally in out.items():
-        rng = np.random.default_rng([args.seed, 5, list(out).index(kind)])
-        while tally[1] < clips:
-            n = int(rng.integers(4, 9))
-            if "segment" in kind:
-                maze = world.make(n, int(kind[0]), rng)
-                path = world.shortest_path(maze.open, maze.start, maze.goal)
-                prompt = world.task(maze)
-            else:
-                maze, path, prompt = example(n, rng)
-                if (("Correction" in prompt) != ("evolved" in kind)
-                        or "ove" not in prompt.split()[0]
-                        or maze.goal == path[-1] and "square" in prompt):
-                    continue
-            image = Image.fromarray(world.draw(maze, path[0]))
-            embeds = pipe.encode_prompt(prompt, do_classifier_free_guidance=False,
-                                        max_sequence_length=96)[0]
-            video = pipe(image, prompt_embeds=embeds, height=n * 16, width=n * 16,
-                         num_frames=NUM_FRAMES, guidance_scale=1.0,
-                         num_inference_steps=args.sampling_steps,
-                         generator=torch.Generator().manual_seed(tally[1])).frames[0]
-            s = world.score((video * 255).round().astype(np.uint8), maze)
-            near = s.end is not None and np.abs(np.subtract(s.end, path[-1])).max() < 0.5
-            tally[0] += bool(near and s.one_circle and not s.left_corridors and not s.jumped)
-            tally[1] += 1
-    return out
+def evaluate(folder: Path, train: Train) -> dict[str, list[bool]]:
+    """Of each kind, which of the unseen clips come out right. The same for every folder."""
+    pipe = load(folder)
+    found = {}
+    for kind in tqdm(KINDS, desc=f"check {folder}", mininterval=10):
+        clips = itertools.islice(unseen(kind, train.seed), train.check_clips)
+        found[kind] = [is_right(pipe, x, seed, train.sampling_steps)
+                       for seed, x in enumerate(clips)]
+    return found
 
 
-def save(pipe, args) -> None:
-    """The diffusers folder, weights in bf16 (the VAE too: it is read as fp32)."""
-    for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
-        part.to(torch.bfloat16)
-    pipe.save_pretrained(args.out, safe_serialization=True)
+def comparison(folder: Path, train: Train) -> common.Table:
+    """Unseen clips that come out right: of this checkpoint, the shipped one, and the difference."""
+    mine, shipped = evaluate(folder, train), evaluate(SHIPPED, train)
+    rows = []
+    for kind in KINDS:
+        mean, low, high = common.paired(shipped[kind], mine[kind])
+        points = f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
+        rows.append([kind, common.percent(mine[kind]), common.percent(shipped[kind]), points])
+    return common.Table(
+        f"Unseen clips that come out right (seed {train.seed}, n = {train.check_clips} each, 95 %)",
+        ["kind", str(folder), "shipped", "difference, points"], rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/train"),
-                        help="folder for checkpoints and latents")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny-wan",
-                        help="the finished diffusers folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-iterations", type=int, default=2700, help="of each stretch")
-    parser.add_argument("--clips", type=int, default=5000,
-                        help="size of the transformer's training set")
-    parser.add_argument("--iterations", type=int, default=5000, help="of the transformer")
-    parser.add_argument("--sampling-steps", type=int, default=12)
-    parser.add_argument("--evaluate", type=int, default=100, help="unseen clips of each kind")
-    parser.add_argument("--check", action="store_true",
-                        help="train nothing, only evaluate what is in --out")
-    args = parser.parse_args()
-    if args.work.is_file() or args.out.is_file():
-        parser.error("--work and --out take folders, not files")
-    if not args.check:
-        args.work.mkdir(parents=True, exist_ok=True)
-        vae = train_vae(args).requires_grad_(False)
-        rows = make_latents(args, vae)
-        normalise(vae, rows)
-        save(train_denoiser(args, vae, rows), args)
-    pipe = WanImageToVideoPipeline.from_pretrained(
-        args.out, dtype={"default": torch.bfloat16, "vae": torch.float32}).to(DEVICE)
-    pipe.set_progress_bar_config(disable=True)
-    for kind, (right, tried) in evaluate(pipe, args, args.evaluate).items():
-        print(f"{kind}: {right} of {tried} unseen clips right")
+# ------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass
+class Train:
+    """Train tiny-wan from nothing, or check a checkpoint."""
+
+    work: Path = Path("runs/train")  # checkpoints and latents; the same command goes on from them
+    out: Path | None = None  # the diffusers folder that is made or checked (default: WORK/tiny-wan)
+    check: bool = False  # train nothing, only compare the folder with the shipped one
+    check_clips: int = 100  # unseen clips of each kind for the comparison; 0: no comparison
+    minutes: float | None = None  # for all four stages and all starts; it replaces the iterations
+    vae_iterations: int = 2700  # of stages 1 and 2, each
+    clips: int = 5000  # in the data set of latents, times scale
+    iterations: int = 5000  # of stage 4
+    scale: int = 8 if CUDA else 1  # batches are so many times as large
+    workers: int = min(14, (os.cpu_count() or 2) - 2) if CUDA else 0  # processes that draw clips
+    seed: int = 0
+    sampling_steps: int = 12  # denoising steps of the comparison
+
+    def __post_init__(self):
+        if self.out is None:
+            self.out = self.work / "tiny-wan"
+
+    def seconds(self, stage: str) -> float | None:
+        """How long a stage may take, all starts together; None: as long as it wants."""
+        return self.minutes and 60 * self.minutes * SHARES[stage]
+
+    def stage(self, name: str, modules, optimizers: list, iterations: int) -> Stage:
+        return Stage(
+            self.work / f"{name}.pt", modules, optimizers, iterations, self.seconds(name))
+
+    def run(self) -> int:
+        self.refuse_nonsense()
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        if not self.check:
+            self.work.mkdir(parents=True, exist_ok=True)
+            vae = train_vae(self).requires_grad_(False)
+            batches = make_latents(self, vae)
+            normalise(vae, batches)
+            save(train_denoiser(self, vae, batches), self.out)
+            print(f"{self.out} is made.")
+        if self.check_clips:
+            print(comparison(self.out, self).text())
+        return 0
+
+    def refuse_nonsense(self) -> None:
+        for name in ("vae_iterations", "clips", "iterations", "scale", "sampling_steps"):
+            if getattr(self, name) < 1:
+                raise Problem(f"--{name.replace('_', '-')} must be at least 1.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise Problem("--minutes must be more than 0.")
+        for name in ("check_clips", "workers", "seed"):
+            if getattr(self, name) < 0:
+                raise Problem(f"--{name.replace('_', '-')} must not be negative.")
+        if self.check and not (self.out / "model_index.json").is_file():
+            raise Problem(f"{self.out} is no diffusers folder: train it first, or name another.")
+
+
+def main(argv=None) -> int:
+    return common.command("python -m examples.maze.train", __doc__, Train, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-import world
 from PIL import Image
+
+from examples.maze import world
 
 MODEL = "maze-reader"
 NOTE = "a rule-based reader of pixels, not a vision-language model"

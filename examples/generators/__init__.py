@@ -1,0 +1,1 @@
+"""Generators: a class each, and a command of its own."""

@@ -875,19 +875,17 @@ def read_completion(body: str) -> dict:
     try:
         completion = parse(body)
         usage = completion.get("usage") or {}
-        answer["model"] = str(completion.get("model") or "")
-        answer["tokens_in"] = int(usage.get("prompt_tokens") or 0)
+        answer["model"] = completion.get("model")
+        answer["tokens_in"] = usage.get("prompt_tokens") or 0
         # thoughts are billed, but not every endpoint counts them as completion
         answer["tokens_out"] = max(
-            int(usage.get("completion_tokens") or 0),
-            int(usage.get("total_tokens") or 0) - answer["tokens_in"])
+            usage.get("completion_tokens") or 0,
+            (usage.get("total_tokens") or 0) - answer["tokens_in"])
         choice = completion["choices"][0]
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):
             text = "".join(part["text"] for part in text)
-        if type(text) is not str:
-            raise TypeError
         finish_reason = str(choice.get("finish_reason")).lower()
         thought = message.get("reasoning") or message.get("reasoning_content")
         refusal = message.get("refusal")

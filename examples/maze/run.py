@@ -36,6 +36,9 @@ WAN = {
     "sampling_steps": 12,
     "guidance_scale": 1.0,
 }
+OPTIONS = []  # of collabvr.py
+for name, value in (CONFIG | VLM | WAN).items():
+    OPTIONS += [f"--{name.replace('_', '-')}", str(value)]
 TASK = "Move the circle to the goal square."
 
 
@@ -79,9 +82,7 @@ def run(argv: list[str] | None) -> int:
     options, others = tyro.cli(
         Options, description=__doc__, args=argv, prog="maze.run", return_unknown_args=True)
     job = prepare(options)
-    arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out)]
-    for name, value in (CONFIG | VLM | WAN).items():
-        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out), *OPTIONS]
     with vlm.serve() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"

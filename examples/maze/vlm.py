@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint for the maze world: `python examples/maze/vlm.py --port 8000`.
+"""An OpenAI-compatible endpoint for the maze world: `python -m examples.maze.vlm --port 8000`.
 
 It is no vision-language model and says so: a rule-based reader of pixels that answers the roles of
 collabvr.py and of baselines.py in JSON. It sees only what a VLM would see, the texts and the
@@ -8,21 +8,23 @@ It can be told to be wrong at given rates, to see what a supervisor's mistakes c
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import io
 import json
 import math
 import re
+import sys
 import time
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 from PIL import Image
 
+import collabvr
+from examples import common
 from examples.maze import world
 
 MODEL = "maze-reader"
@@ -385,23 +387,26 @@ def serve(port: int = 0, errors: Errors | None = None) -> ThreadingHTTPServer:
     return server
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=8000)
-    for f in fields(Errors)[:3]:
-        flag = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(flag, type=float, default=f.default, metavar="RATE")
-    options = vars(parser.parse_args(argv))
-    port = options.pop("port")
-    try:
-        server = serve(port, Errors(**options))
-    except (OSError, OverflowError) as error:
-        parser.exit(2, f"vlm.py: port {port} cannot be had ({error}): choose another --port\n")
-    with server, contextlib.suppress(KeyboardInterrupt):
-        print(f"{MODEL} ({NOTE}) at http://127.0.0.1:{server.server_port}/v1", flush=True)
-        server.serve_forever()
-    print("stopped")
+@dataclass
+class Serve:
+    errors: Errors
+    port: int = 8000  # on 127.0.0.1
+
+    def run(self) -> int:
+        """Serves until Ctrl-C. Raises Problem if the port cannot be used."""
+        with collabvr.explained(f"port {self.port} cannot be used; choose another --port",
+                                OSError, OverflowError):
+            server = serve(self.port, self.errors)
+        with server, contextlib.suppress(KeyboardInterrupt):
+            print(f"{MODEL} ({NOTE}) at http://127.0.0.1:{server.server_port}/v1", flush=True)
+            server.serve_forever()
+        print("stopped")
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return common.command("maze.vlm", __doc__ or "", Serve, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

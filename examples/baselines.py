@@ -29,7 +29,7 @@ from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result, 
 
 
 class Single(CollabVR):
-    """Single inference: one clip of step-1 length with seed 1, the task as its prompt."""
+    """Single inference: one clip of step-1 length with seed 1, the task as its prompt. [D6]"""
 
     def run(self, I0, q: str) -> Result:
         I0 = self.models.begin(I0, q)
@@ -53,7 +53,7 @@ Reply with one JSON object with the fields reason, best (the number of the candi
 """
 
 
-class Pick(Reply):
+class Pick(Reply):  # asked at the temperature of all roles [D15]
     reason: str
     best: int = Field(ge=1)
 
@@ -192,7 +192,7 @@ class Preplan(CollabVR):
 
 class M1(CollabVR):
     """Progressive planning alone: every clip joins H unverified, and only the next planner call,
-    which sees it, says whether the task is complete."""
+    which sees it, says whether the task is complete. [D14]"""
 
     def verify(self, *_):
         return "accept", None
@@ -202,7 +202,7 @@ class M1(CollabVR):
 
 
 class M2(CollabVR):
-    """Verification and evolution alone: one step, whose action is q. No router can split it."""
+    """Verification and evolution alone: one step, whose action is q: no router can split it. [D14]"""
 
     def __init__(self, models: Models, config: Config | None = None):
         super().__init__(models, replace(config or Config(), N_max=1))
@@ -241,7 +241,7 @@ class SampleRouting(Reply):
 
 
 class Routed(CollabVR):
-    """One clip for the whole task; a router keeps it or goes on with Algorithm 1.
+    """One clip for the whole task; a router keeps it or goes on with Algorithm 1. [D16]
 
     The paper speaks of the same router as for a step. That one reads a verifier's diagnosis, which
     there is none of here, and answers with other actions: so this prompt is one of its own. The

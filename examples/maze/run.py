@@ -23,7 +23,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 import collabvr
-from collabvr import Problem
 from examples import common
 from examples.maze import vlm, world
 from examples.report import pages

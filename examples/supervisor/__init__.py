@@ -1,0 +1,1 @@
+"""How good a VLM is as planner and verifier: `python -m examples.supervisor`."""

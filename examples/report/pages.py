@@ -13,11 +13,12 @@ import collabvr
 from collabvr import Problem, explained
 from examples import common
 from examples.common import Run
+from examples.maze import rule, world
 from examples.report import index, markup
 from examples.report import page as page_of
 from examples.report.index import Row
 
-SOURCES = [collabvr, common, index, markup, page_of]  # a page is made anew when one of them changes
+SOURCES = [collabvr, common, index, markup, page_of, rule, world]  # a page is made anew when one of them changes
 
 
 def write(folder: Path, out: Path | None = None) -> Path:

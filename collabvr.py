@@ -941,7 +941,11 @@ class Wan:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses a part Wan needs not
         import diffusers
         import torch
+        import transformers
 
+        if not sys.stderr.isatty():  # progress bars are for eyes, not for files
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
         self.check()
         with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever the loaders raise
             pipe = diffusers.WanImageToVideoPipeline.from_pretrained(

@@ -20,7 +20,8 @@ import pytest
 from collabvr import Call, Clip, Config
 from examples import common
 from examples.maze import vlm, world
-from examples.maze.compare import SUPERVISORS, exhausted, held_out
+from examples.maze.compare import SUPERVISORS, exhausted
+from examples.maze.foreign import held_out
 from examples.supervisor import __main__ as supervisor
 from examples.supervisor import points
 

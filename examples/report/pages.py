@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import urllib.parse
@@ -75,7 +76,7 @@ def mark_of(place: Path) -> str:
 
     It is taken before the folder is read: what changes in between makes another mark.
     """
-    seen = [hashlib.sha256(Path(x.__file__).read_bytes()).hexdigest() for x in SOURCES]
+    seen = [code()]
     for name in ("start.json", "trace.json", "calls.jsonl"):
         path = common.inside(place / name, place)
         seen.append(hashlib.sha256(path.read_bytes()).hexdigest() if path else "")
@@ -84,6 +85,12 @@ def mark_of(place: Path) -> str:
             about = path.stat()
             seen.append(f"{path.name} {about.st_size} {about.st_mtime_ns}")
     return hashlib.sha256("\n".join(seen).encode(errors="replace")).hexdigest()
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the code that makes a page."""
+    return collabvr.digest(*[Path(module.__file__).read_text() for module in SOURCES])
 
 
 def is_current(page: Path, mark: str) -> bool:

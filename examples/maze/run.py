@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass as settings
 
 import collabvr
 from examples import common
-from examples.maze import vlm, world
+from examples.maze import rule, vlm, world
 from examples.report import pages
 
 # what tiny-wan was trained for: clips of 17 frames, all of which the verifier sees
@@ -89,9 +89,7 @@ def run(argv: list[str] | None) -> int:
         status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
         server.shutdown()
     if status == 0 and job.maze is not None:
-        by_rule = world.score(common.load_run(job.out).frames(), job.maze)
-        solved = "solved" if by_rule.solved else "not solved"
-        print(f"{'by rule':17} {solved}, {by_rule.progress:.0%} of the way")
+        print(f"{'by rule':17} {rule.verdict(common.load_run(job.out).frames(), job.maze)}")
     if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():
         print(f"{'page':17} {pages.write(job.out)}")
     return status

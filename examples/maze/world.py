@@ -440,6 +440,13 @@ def track(frames: np.ndarray, first: Reading) -> list:
     return [read(frame, first) for frame in frames]
 
 
+def first_reading(maze: Maze) -> Reading:
+    """What `read` should find in the task's first picture."""
+    look = maze.look
+    return Reading(maze.open, maze.start, 1, tuple(maze.goal),
+                   look.wall, look.floor, look.circle, look.goal)
+
+
 def score(frames: np.ndarray, maze: Maze) -> Score:
     """Judge a video, uint8 (T, 16 n, 16 n, 3), against the maze it should solve, which alone says
     where walls are.
@@ -448,10 +455,9 @@ def score(frames: np.ndarray, maze: Maze) -> Score:
     flickering frame is forgiven because it is what compression does; a second circle or a vanished
     one that lasts is a fault.
     """
-    look, path = maze.look, shortest_path(maze.open, maze.start, maze.goal)
-    first = Reading(maze.open, maze.start, 1, tuple(maze.goal),
-                    look.wall, look.floor, look.circle, look.goal)
-    clean = [(t, r.circle) for t, r in enumerate(track(frames, first)) if r.circles == 1]
+    path = shortest_path(maze.open, maze.start, maze.goal)
+    readings = track(frames, first_reading(maze))
+    clean = [(t, r.circle) for t, r in enumerate(readings) if r.circles == 1]
     left = jumped = False
     for (t, a), (u, b) in pairwise([(-1, maze.start), *clean]):
         jumped |= (jump := contrast(a, b) > JUMP * (u - t))

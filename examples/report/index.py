@@ -114,10 +114,11 @@ const show = () => {
     nav.querySelector("output").textContent = `page ${page + 1} of ${pages}`
   }
 }
+const words = new Intl.Collator(undefined, { numeric: true })
 const sort = () => {
-  const value = (row) => row.cells[column].dataset.value
-  const order = (a, b) => a - b || a.localeCompare(b, undefined, { numeric: true })
-  rows.sort((a, b) => (down ? -1 : 1) * order(value(a), value(b)))
+  const values = new Map(rows.map((row) => [row, row.cells[column].dataset.value]))
+  const order = (a, b) => a - b || words.compare(a, b)
+  rows.sort((a, b) => (down ? -1 : 1) * order(values.get(a), values.get(b)))
 }
 const turn = (to) => {
   page = to

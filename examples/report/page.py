@@ -11,6 +11,8 @@ import collabvr
 from collabvr import Call, Clip
 from examples import common
 from examples.common import Run
+from examples.maze import rule
+from examples.maze.vlm import MODEL
 from examples.report import markup
 from examples.report.markup import Html, figure, listed, number, tag
 
@@ -38,6 +40,7 @@ def page(run: Run, index: str | None = None, mark: str = "") -> str:
         tag("p", run.facts.get("task", ""), class_="task"),
         tag("p", tag("b", status.word, class_=status.tone), " ",
             " ".join([status.meaning, *run.notes, *elsewhere(run)])),
+        by_rule(run),
         tag("div", pictures(run), class_="pair"),
         tiles(run),
         tag("details", tag("summary", "Cost of each role"), roles(run)),
@@ -55,6 +58,20 @@ def elsewhere(run: Run) -> list[str]:
     """Sentences about files that are links out of the folder."""
     names = [x for x in FILES if os.path.lexists(run.folder / x) and not run.file(x)]
     return [f"{name} leads out of the folder and is not shown." for name in names]
+
+
+def by_rule(run: Run) -> Html | None:
+    """Of a run on a maze, whose reader answers by rule: is it solved, and if not, why not?"""
+    settings = run.facts.get("settings")
+    if not isinstance(settings, dict) or settings.get("vlm") != MODEL:
+        return None
+    picture, frames = run.picture(), run.frames()
+    if picture is None or frames is None:
+        return None
+    try:
+        return tag("p", f"By rule: {rule.verdict(frames, rule.maze_of(picture))}.")
+    except ValueError:  # no maze, or another one
+        return None
 
 
 def pictures(run: Run) -> list[Html]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import urllib.parse
@@ -13,11 +14,12 @@ import collabvr
 from collabvr import Problem, explained
 from examples import common
 from examples.common import Run
+from examples.maze import rule, world
 from examples.report import index, markup
 from examples.report import page as page_of
 from examples.report.index import Row
 
-SOURCES = [collabvr, common, index, markup, page_of]  # a page is made anew when one of them changes
+SOURCES = [collabvr, common, index, markup, page_of, rule, world]  # a page is made anew when one of them changes
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
@@ -74,7 +76,7 @@ def mark_of(place: Path) -> str:
 
     It is taken before the folder is read: what changes in between makes another mark.
     """
-    seen = [hashlib.sha256(Path(x.__file__).read_bytes()).hexdigest() for x in SOURCES]
+    seen = [code()]
     for name in ("start.json", "trace.json", "calls.jsonl"):
         path = common.inside(place / name, place)
         seen.append(hashlib.sha256(path.read_bytes()).hexdigest() if path else "")
@@ -83,6 +85,12 @@ def mark_of(place: Path) -> str:
             about = path.stat()
             seen.append(f"{path.name} {about.st_size} {about.st_mtime_ns}")
     return hashlib.sha256("\n".join(seen).encode(errors="replace")).hexdigest()
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the code that makes a page."""
+    return collabvr.digest(*[Path(module.__file__).read_text() for module in SOURCES])
 
 
 def is_current(page: Path, mark: str) -> bool:

@@ -111,7 +111,7 @@ class Export:
     def replay(self, folder: Path) -> list[dict]:
         """What a run asked. A method's name is looked up, never imported. Raises Problem."""
         run = common.load_run(folder)
-        name = run.facts.get("method", "collabvr")
+        name = str(run.facts.get("method", "collabvr"))
         if name not in self.methods:
             raise Problem(f"{folder} is a run of the method {name!r:.99}. Known are "
                           f"{', '.join(self.methods)}; one of your own is given to main.")

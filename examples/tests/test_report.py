@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 
 import collabvr as c
 from examples import common
+from examples.maze import rule, vlm, world
 from examples.report import __main__ as report
 from examples.report import index, markup, pages
 from examples.report.page import page
@@ -234,6 +236,49 @@ def test_another_method_is_shown_with_its_roles(tmp_path):
 def test_status_says_no_more_than_it_is(tmp_path, replies, options, words):
     found = Page(shown(run(tmp_path, *replies, **options)))
     assert words in found.text and "call the task done" not in found.text
+
+
+def walk(maze, others, folder):
+    """The page of a finished run on a maze: its circle goes to the goal, but in other frames."""
+    frames = world.film(maze, world.shortest_path(maze.open, maze.start, maze.goal), 17)
+    for t, frame in others.items():
+        frames[t] = frame
+    models = c.RecordedModels(lambda *given: c.Clip(frames, 8), script(), folder)
+    models.facts = {"settings": {"vlm": vlm.MODEL}}
+    method = Once(models, c.Config(seconds_first=2))
+    models.save(method.run(world.draw(maze), "go"))
+    models.lock.release()
+    return Page(shown(folder)).text
+
+
+class Once(c.CollabVR):
+    def run(self, I0, q):
+        I0 = self.models.begin(I0, q)
+        return c.Result(self.models.generate(I0, q, 2), "complete", [])
+
+
+def test_unsolved_maze_says_why(tmp_path):
+    """'complete', 100 % of the way and not solved: the circle was gone for a while."""
+    maze = world.make(6, 3, np.random.default_rng([2026, 5]))
+    nothing = world.draw(replace(maze, look=replace(maze.look, circle=maze.look.floor)))
+    assert "By rule: solved, 100 % of the way." in walk(maze, {}, tmp_path / "a")
+    gone = {t: nothing for t in (5, 6, 7)}
+    text = walk(maze, gone, tmp_path / "b")
+    assert "By rule: not solved, 100 % of the way: no circle in frames 5-7 of 17." in text
+    far = {t: world.draw(maze) for t in range(9, 17)}
+    text = walk(maze, far, tmp_path / "c")
+    assert "By rule: not solved, 0 % of the way: " in text and "the circle jumped" in text
+    assert "column" in text.partition("the circle jumped")[2]
+    assert "By rule" not in Page(shown(two_steps(tmp_path / "d"))).text
+
+
+def test_rule_reads_the_maze_from_the_picture(tmp_path):
+    """It says the same as with the maze that was drawn."""
+    for seed in range(6):
+        maze = world.make(4 + seed % 5, 1 + seed % 3, np.random.default_rng(seed))
+        path = world.shortest_path(maze.open, maze.start, maze.goal)
+        frames = world.film(maze, path[: 1 + len(path) // (1 + seed % 2)], 17)
+        assert rule.verdict(frames, rule.maze_of(frames[0])) == rule.verdict(frames, maze)
 
 
 def test_everything_written_by_others_is_escaped(tmp_path):

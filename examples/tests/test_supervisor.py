@@ -1,9 +1,12 @@
 """Tests of examples/supervisor with scripted models."""
 
+import ast
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import collabvr as c
 from examples import common
 from examples.supervisor import __main__ as supervisor
 from examples.supervisor import points, questions, score
+from examples.supervisor.label import write_page
 from examples.tests.test_report import browser  # noqa: F401  a fixture
 
 PLAN = {
@@ -69,13 +73,22 @@ def run(folder, number, vlm, kind=c.CollabVR, **facts):
     models.lock.release()
 
 
-@pytest.fixture
-def exported(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """Three samples were run, the second with a reject, and their points exported."""
-    vlm = recorder()
+    folder, vlm = tmp_path_factory.mktemp("made"), recorder()
     for number in range(3):
-        run(tmp_path / "out" / "runs" / f"s{number}", number, vlm)
-    assert supervisor.main(["export", str(tmp_path / "out"), "--out", str(tmp_path / "p")]) == 0
+        run(folder / "out" / "runs" / f"s{number}", number, vlm)
+    assert supervisor.main(["export", str(folder / "out"), "--out", str(folder / "p")]) == 0
+    return folder, vlm
+
+
+@pytest.fixture
+def exported(made, tmp_path):
+    """A copy of them: the folder of points, and a VLM that was asked what theirs was."""
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    vlm = recorder()
+    vlm.asked = list(made[1].asked)
     return tmp_path / "p", vlm
 
 
@@ -133,7 +146,7 @@ class Mine(c.CollabVR):
     """A method of somebody's own: another prompt."""
 
     def evolve(self, a_t, d):
-        return f"{a_t} Instead: {d.suggestion}"
+        return super().evolve(a_t, d) + " Now!"
 
 
 def test_method_of_ones_own_is_given_to_main(tmp_path, capsys):
@@ -269,6 +282,97 @@ def test_missing_files_get_one_sentence(tmp_path, capsys):
     capsys.readouterr()
     assert supervisor.main(["judge"]) == 2
     assert "judge" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------
+# Files of strangers: nothing of them is run, nothing outside of the folder is read
+
+
+def test_name_in_a_trace_is_never_imported(exported, tmp_path, capsys):
+    """A trace that names code beside it is refused, and the code does not run."""
+    folder = tmp_path / "out" / "runs" / "s1"
+    code = folder / "clips" / "x.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: run = print\n")
+    trace = json.loads((folder / "trace.json").read_text())
+    for name in (f"{code}:X", "clips/x.py:X", "clips.x", "os", ["collabvr"], None):
+        (folder / "trace.json").write_text(json.dumps(trace | {"method": name}))
+        assert refused(capsys, "export", tmp_path / "out", "--out", tmp_path / "q")
+    assert not (tmp_path / "ran").exists()
+
+
+PARTS = [
+    {"picture": "../../secret.png"}, {"picture": "{outside}/secret.png"}, {"picture": "link.png"},
+    {"clip": "../../secret.mkv", "fps": 4}, {"clip": "link.mkv", "fps": 4},
+    {"clip": "list.mkv", "fps": 4}, {"picture": "script.png"}, {"picture": 3}, 7, {},
+]
+
+
+def test_media_outside_of_the_folder_is_not_read(exported, tmp_path):
+    """Whatever points.jsonl names: neither shown on the page nor sent to a VLM."""
+    folder, _ = exported
+    clip = c.Clip(np.full((3, 32, 48, 3), 137, np.uint8), 4.0)
+    (tmp_path / "secret.png").write_bytes(points.png(clip.frames[0]))
+    (tmp_path / "secret.mkv").write_bytes(c.lossless(clip))
+    (folder / "media" / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "media" / "link.mkv").symlink_to(tmp_path / "secret.mkv")
+    (folder / "media" / "list.mkv").write_text("ffconcat version 1.0\nfile link.mkv\n")
+    (folder / "media" / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    found = points.read_objects(folder / "points.jsonl")[:1]
+    vlm = recorder()
+    for part in json.loads(json.dumps(PARTS).replace("{outside}", str(tmp_path))):
+        found[0]["parts"] = [part]
+        common.write_lines(folder / "points.jsonl", found)
+        with pytest.raises(c.Problem, match="points.jsonl names"):
+            questions.Ask(folder, vlm, "other").run()
+        with pytest.raises(c.Problem, match="points.jsonl names"):
+            write_page(folder, found)
+    assert not vlm.asked
+
+
+def test_replies_outside_of_the_folder_are_not_shown(exported, tmp_path):
+    folder, vlm = exported
+    secret = {"id": "runs/s0/01-verifier", "reply": VERDICT | {
+        "verdict": "reject", "suggestion": "a secret text"}}
+    common.write_lines(tmp_path / "secret.jsonl", [secret])
+    (folder / "replies" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    assert questions.Ask(folder, vlm, "same").run() == 0
+    page = (folder / "label.html").read_text()
+    assert "Go left." in page and "a secret text" not in page
+
+
+FORBIDDEN = {"pickle", "marshal", "shelve", "runpy", "imp", "importlib", "eval", "exec", "compile",
+             "__import__", "subprocess", "system", "popen", "dill", "joblib"}
+
+
+def test_what_reads_data_reaches_no_importer_and_no_pickle():
+    """Of all code that reads folders of others. `needed` imports packages, by names in the code."""
+    root = Path(__file__).resolve().parents[1]
+    files = [root / "common.py", *root.glob("report/*.py"), *root.glob("supervisor/*.py"),
+             root / "bench" / "summary.py", root / "bench" / "samples.py"]
+    assert len(files) > 12
+    for file in files:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "needed":
+                node.body.clear()  # the one importer, looked at below
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [x.name.split(".")[0] for x in node.names]
+                if file.name == "common.py" and names == ["importlib"]:
+                    names = []
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").split(".")[0], *[x.name for x in node.names]]
+            elif isinstance(node, ast.Name):
+                names = [node.id]
+            elif isinstance(node, ast.Attribute) and not (
+                    isinstance(node.value, ast.Name) and node.value.id == "re"):
+                names = [node.attr]
+            assert not FORBIDDEN & set(names), f"{file.name}, line {node.lineno}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "needed":
+                assert isinstance(node.args[0], ast.Constant), f"{file.name}, line {node.lineno}"
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "load":
+                assert getattr(node.func.value, "id", "") == "json", f"{file.name} {node.lineno}"
 
 
 # ------------------------------------------------------------------------------

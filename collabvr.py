@@ -94,7 +94,7 @@ class Config:
         clips = self.N_max * self.M
         seconds = self.M * one_each
         calls = self.N_max * (1 + self.M)  # a plan, M verifications
-        if self.on_exhausted == "route":  # every step is regenerated, or the last one falls back
+        if self.on_exhausted == "route":  # a regen a step, or a fallback in the last one [D3]
             clips += self.N_max
             seconds += one_each + max(0, self.seconds_first - self.seconds(self.N_max))
             calls += self.N_max * 2  # a routing, a verification

@@ -2995,6 +2995,12 @@ def test_the_readmes_statuses_are_all_there_are():
     assert {"complete", "step_cap", "fallback", "best_attempt"} <= named
 
 
+def test_the_readme_says_what_a_run_can_cost():
+    """At worst, with the default settings."""
+    clips, _, calls = c.Config().worst_case()
+    assert f"{clips} clips and {calls} VLM calls" in " ".join(read("README.md").split())
+
+
 def test_the_readmes_example_runs(tmp_path):
     """The first block of Python under 'From Python', as it stands, in an empty folder."""
     _, _, section = read("README.md").partition("## From Python")

@@ -2283,6 +2283,18 @@ def test_the_same_command_replays(job, tmp_path, monkeypatch):
     assert MADE == [0] and trace(tmp_path) == done
 
 
+def test_a_field_named_like_another_option_is_refused():
+    """Two options of one name would be one."""
+
+    @dataclass
+    class Clashing:
+        timeout: int = 3
+
+    with pytest.raises(c.Problem, match="Clashing.timeout"):
+        c.main(Clashing, [])
+
+
+
 def test_an_own_generators_fields_are_options(job, capsys):
     """With type, default and the comment behind the field as help."""
     with pytest.raises(SystemExit) as stopped:

@@ -17,7 +17,7 @@ Sec. 4    cost                         Models.cost
 App. A.1  settings                     the defaults of Config, OpenAIVLM and Wan
 
 The paper's part ends with Models. Below it are the two models and the command-line tool.
-[Dn] marks a departure from the paper: the reason stands beside it, and README.md lists them all.
+[Dn] marks a departure from the paper, or where it is silent; README.md lists them all.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Config:
     seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps (A.1)
 
     def seconds(self, t: int) -> float:
-        """The length of every clip of step t. [D8]"""
+        """The length of every clip of step t, re-generations too: the paper is silent. [D8]"""
         return self.seconds_first if t == 1 else self.seconds_next
 
     def worst_case(self) -> tuple[int, float, int]:
@@ -94,7 +94,7 @@ class Config:
         clips = self.N_max * self.M
         seconds = self.M * one_each
         calls = self.N_max * (1 + self.M)  # a plan, M verifications
-        if self.on_exhausted == "route":  # a regen a step, or a fallback in the last one [D3]
+        if self.on_exhausted == "route":  # each step adds a regen; the last may fall back [D3]
             clips += self.N_max
             seconds += one_each + max(0, self.seconds_first - self.seconds(self.N_max))
             calls += self.N_max * 2  # a routing, a verification
@@ -170,11 +170,15 @@ class History:
 
     def best(self, t: int | None = None) -> Attempt:
         """The rejected attempt (of step t) with most good seconds, the latest of equals. [D3]"""
-        candidates = [attempt for attempt in self.rejected if t in (None, attempt.t)]
+        candidates = [attempt for attempt in self.rejected if t is None or attempt.t == t]
+        # max takes the first of equals: of the reversed list, the latest
         return max(reversed(candidates), key=lambda attempt: attempt.good_seconds)
 
     def told(self) -> list:
-        """What the VLM is told of H: all outcomes, and the newest eight last frames. [D7]"""
+        """What the VLM is told of H: all outcomes, and the newest eight last frames.
+
+        The paper shows it frames of H. How many is not said, and requests have limits. [D7]
+        """
         parts: list = ["Steps so far:"] + (self.outcomes or ["none"])
         for attempt in self.joined[-8:]:
             parts.append(f"Last frame of step {attempt.t}:")
@@ -203,7 +207,12 @@ class CollabVR:
     config: Config = field(default_factory=Config)
 
     def run(self, I0: np.ndarray, q: str) -> Result:
-        """"Algorithm 1". I0: uint8 RGB (H, W, 3); q: the task prompt. Raises Problem."""
+        """Algorithm 1. I0: uint8 RGB (height, width, 3); q: the task prompt. Raises Problem.
+
+        [D1] The paper does not say how a run ends when nothing is left to do. Its counts of calls
+        leave no room for a question of its own, so the next plan may say so.
+        [D4] Line 19 would return no video if nothing had joined H.
+        """
         I0 = self.models.begin(I0, q)                                           # require
         N_max, M = self.config.N_max, self.config.M                             # require
         H, f = History(), I0                                                    # line 1
@@ -232,7 +241,10 @@ class CollabVR:
         return Result(concat(H.clips), "step_cap", H.unverified)                # line 19
 
     def plan(self, I0, q: str, H: History, t: int) -> tuple[str, Plan]:
-        """Line 3: a_t = π_plan(I0, q, H), and the plan p that a_t is part of. [D7]"""
+        """Line 3: a_t = π_plan(I0, q, H), and the plan p that a_t is part of.
+
+        It is told the cap and the clip's length: it cannot keep to what it does not know. [D7]
+        """
         N_max = self.config.N_max
         last = " (the last allowed step)" if t == N_max else ""
         current = "the last of these" if H.joined else "the input image"
@@ -252,7 +264,11 @@ class CollabVR:
         return self.models.generate(f, a_t, self.config.seconds(t), t, j)
 
     def verify(self, I0, q: str, H: History, c_t: Clip, a_t: str, p: Plan, t: int):
-        """Line 6: (v, d) = π_verify(I0, q, H, c_t), of a_t as it stands, evolved. [D11]"""
+        """Line 6: (v, d) = π_verify(I0, q, H, c_t).
+
+        It judges a_t as it stands, evolved, because that is what the clip followed (Fig. 10). The
+        target state is the plan's, and stays. [D11]
+        """
         parts = [
             f"Task prompt: {q}", "Input image:", I0,
             *H.told(),
@@ -264,11 +280,14 @@ class CollabVR:
         return d.verdict, d
 
     def is_complete(self, p: Plan, d: Verification) -> bool:
-        """Line 10: the plan called step t its last one, and the clip shows it done. [D2]"""
+        """Line 10: the plan called step t its last one, and the clip shows it done.
+
+        Only the plan knows which step is the last, only the verifier whether it worked. [D2]
+        """
         return p.estimated_steps_remaining <= 1 and d.progress == "complete"
 
     def evolve(self, a_t: str, d: Verification | Routing) -> str:
-        """Line 15: a_t = evolve(a_t, d). Without a suggestion, the reason joins the prompt. [D5]"""
+        """Line 15: a_t = evolve(a_t, d). An unchanged prompt would repeat its mistake. [D5]"""
         return f"{a_t} Correction: {advice(d)}"
 
     # After M rejections of a step: App. A.5, Algorithm 1 or C.2. [D3]
@@ -281,16 +300,21 @@ class CollabVR:
         if self.config.on_exhausted == "replan":
             return self.replan(H, f, t)
         r = self.route(I0, q, H, t)
-        hint = r if r.suggestion.strip() else H.best(t).d  # the router may leave the verifier's
+        hint = r
+        if not r.suggestion.strip():  # then the verifier's suggestion counts
+            hint = H.best(t).d
         if r.action == "regen":
             return self.regen(I0, q, H, p, t, hint)
         if r.action == "fallback":
-            return self.fallback(I0, q, f, t, hint)
+            return self.fallback(I0, q, t, hint)
         steps = r.estimated_steps or "not said"
         return self.replan(H, f, t, f" Advice: {advice(hint)} Steps needed: {steps}.")  # split
 
     def route(self, I0, q: str, H: History, t: int) -> Routing:
-        """App. A.5: the VLM sees the best failed clip: regen, split or fallback? [D13]"""
+        """App. A.5: the VLM sees the best failed clip: regen, split or fallback?
+
+        The paper does not say which of the M clips it sees. [D13]
+        """
         best = H.best(t)
         is_last = t == self.config.N_max
         allowed = "regen, fallback" if is_last else "regen, split, fallback"
@@ -308,7 +332,10 @@ class CollabVR:
         return self.models.ask("router", ROUTER, parts, schema, t)
 
     def regen(self, I0, q: str, H: History, p: Plan, t: int, hint):
-        """The good part of the best clip stays; the rest is generated once more (D.5, Fig. 21)."""
+        """The good part of the best clip stays; the rest is generated once more (D.5, Fig. 21).
+
+        The joined clip is longer than the step's others [D8], and is verified as one.
+        """
         best = H.best(t)
         frames = best.c_t.frames
         k = math.floor(best.d.good_fraction * (len(frames) - 1) + 1e-6)  # the last good frame
@@ -321,21 +348,24 @@ class CollabVR:
             H.rejected.append(repaired)
             return self.keep_best(H, t)
         H.join(repaired)
-        return H, c_t.frames[-1], "complete" if self.is_complete(p, d) else None
+        status = None
+        if self.is_complete(p, d):
+            status = "complete"
+        return H, c_t.frames[-1], status
 
     def replan(self, H: History, f, t: int, split: str = ""):
         """Algorithm 1: nothing joins, the next plan is told why. A split adds the advice (A.5)."""
         best = H.best(t)
         rejected = f"rejected, nothing was kept: {best.d.reason}"
         H.outcomes.append(f"Step {t}: {best.a_t} Outcome: {rejected}{split}")
-        H.rejected = [H.best()]  # the others can no longer be chosen: free their memory
+        H.rejected = [H.best()]  # only the best of all may still be returned [D4]
         return H, f, None
 
-    def fallback(self, I0, q: str, f, t: int, hint):
+    def fallback(self, I0, q: str, t: int, hint):
         """App. A.5: one clip for the whole task, from I0, is the video. It is not verified."""
         a_t = self.evolve(q, hint)
         c_t = self.models.generate(I0, a_t, self.config.seconds_first, t)
-        return History([Attempt(t, a_t, c_t)]), f, "fallback"
+        return History([Attempt(t, a_t, c_t)]), I0, "fallback"
 
     def keep_best(self, H: History, t: int):
         """C.2: the best attempt of step t joins although it was rejected."""
@@ -345,31 +375,34 @@ class CollabVR:
 
 
 def advice(d: Verification | Routing) -> str:
-    """What a diagnosis tells the next model: its suggestion or, without one, its reason. [D5]"""
+    """What a diagnosis says to do: its suggestion or, without one, its reason. [D5]"""
     return d.suggestion.strip() or d.reason.strip()
 
 
 # ------------------------------------------------------------------------------
-# App. A.2 and A.5: what the three roles are told, and what they reply [D12]
+# App. A.2 and A.5: what the three roles are told, and what they reply
+#
+# In every reply the reasons come before the verdict: a verdict that is written first is not based
+# on them. [D12]
 
 
 def a_word(value):
     return value.strip().lower() if isinstance(value, str) else value
 
 
-Word = BeforeValidator(a_word)  # of an answer that is one word: case and blanks do not matter
+Word = BeforeValidator(a_word)  # of fields of one word: upper case and blanks are ignored
 
 
 class Reply(BaseModel, extra="forbid", allow_inf_nan=False):
-    """A role's reply. What is forgiven cannot turn a reject into an accept. [D9]"""
+    """A role's reply. Small faults are forgiven where no reject could become an accept. [D9]"""
 
     @model_validator(mode="before")
     @classmethod
     def fill_in(cls, reply: dict) -> dict:
-        """A suggestion may be missing; its confidence is not used."""
-        for name in ("suggestion", "confidence"):
+        """What may be missing: confidence is not used, and steps are for a split only."""
+        for name, value in {"suggestion": "", "confidence": "", "estimated_steps": 0}.items():
             if name in cls.model_fields and reply.get(name) is None:
-                reply = {**reply, name: ""}
+                reply = {**reply, name: value}
         return reply
 
 
@@ -447,15 +480,17 @@ class Verification(Reply):
     @model_validator(mode="before")
     @classmethod
     def accepts_whole(cls, reply: dict) -> dict:
-        """A.2 asks for a good fraction on a reject only; an accepted clip is good as a whole."""
+        """A.2 has a good fraction beside a reject only; an accepted clip is all good. [D9]"""
         if a_word(reply.get("verdict")) == "accept" and reply.get("good_fraction") is None:
             reply = {**reply, "good_fraction": 1.0}
         return reply
 
     @model_validator(mode="after")
     def does_not_contradict_itself(self):
-        if self.verdict == "accept" and not (self.action_executed and self.progress != "none"):
+        if self.verdict == "accept" and (not self.action_executed or self.progress == "none"):
             raise ValueError("an accept needs action_executed true and progress not none")
+        if self.verdict == "reject" and not advice(self):
+            raise ValueError("a reject needs a reason")
         return self
 
 
@@ -491,7 +526,7 @@ class LastRouting(Routing):  # at t = N_max no step is left to take up a split
 # Both models behind one seam. Sec. 4: what they cost
 
 
-class Call(BaseModel):
+class Call(BaseModel, allow_inf_nan=False):
     """One call of a model, as it stands in a trace and in calls.jsonl."""
 
     role: str  # vgm (the generator), planner, verifier, router; baselines have their own
@@ -532,7 +567,7 @@ class Models:
         parts: strings, pictures (uint8 RGB) and Clips, in reading order.
         schema: the pydantic model that the reply must fit.
 
-    Whatever they raise is a failed call, which is tried again; a Problem stops the run.
+    Any exception but a Problem is a failed call, which is tried again. A Problem stops the run.
     """
 
     def __init__(self, vgm, vlm, seed: int = 0):
@@ -550,15 +585,16 @@ class Models:
     def generate(self, frame, prompt: str, seconds: float, t=1, j=1, seed=None) -> Clip:
         """A clip for attempt j of step t. Raises Problem after two failures in a row.
 
-        A failed generation uses up no attempt: it is tried once more, with another seed.
-        By default each clip of a run has a seed of its own. [D6]
+        A failed generation uses up no attempt: it is tried once more, with another seed. [D9]
+        Each clip of a run has a seed of its own: the same prompt and seed would give the same
+        rejected clip again. [D6]
         """
         frame = checked_picture(frame)
         for failures in range(2):
             if seed is None:
                 number = self.seed + sum(call.role == "vgm" for call in self.calls)
             else:
-                number = seed + 1000 * failures  # no other candidate has it
+                number = seed + 1000 * failures  # there are fewer candidates than 1000
             call, clip = self.call_vgm(t, j, frame, prompt, seconds, number)
             self.note(call)
             if clip is not None:
@@ -579,7 +615,8 @@ class Models:
                     f"Your last reply was: {call.text[:4000]}",
                     f"It could not be used: {call.fault}. Reply with the JSON object only.",
                 ]
-        raise Problem(f"The {role} gave no usable reply ({call.fault}): {call.text!r:.300}")
+        text = f": {call.text!r:.300}" if call.text else ""
+        raise Problem(f"The {role} gave no usable reply ({call.fault}){text}.")
 
     def call_vgm(self, t: int, j: int, frame, prompt: str, seconds: float, seed: int):
         """One call of the generator: (call, clip), or (call, None) if it failed."""
@@ -645,12 +682,12 @@ class Models:
         return clip
 
     def note(self, call: Call) -> None:
-        """Add a finished call to the run's trace and tell it."""
+        """Add a finished call to the run's calls, and to the log."""
         self.calls.append(call)
-        told = call.reply or call.model_dump(
+        shown = call.reply or call.model_dump(
             include={"seconds", "clip", "error", "fault"}, exclude_none=True)
-        log.info("step %d: %s: %s", call.t, call.role,
-                 "; ".join(f"{key}: {value}" for key, value in told.items()))
+        text = "; ".join(f"{name}: {value}" for name, value in shown.items())
+        log.info("step %d: %s: %s", call.t, call.role, text)
 
     def cost(self) -> dict:
         """Sec. 4: what the run's calls came to, whatever became of the clips."""
@@ -660,14 +697,19 @@ class Models:
             "clips": len(clips),
             "steps": len({call.t for call in clips}),
             "regenerations": sum((call.j or 1) > 1 for call in clips),  # as in Tables 10 and 12
-            "generator_errors": sum(call.error is not None for call in self.calls),
+            "generator_errors": sum(
+                call.role == "vgm" and call.error is not None for call in self.calls),
+            "calls": {},
+            "tokens_in": {},
+            "tokens_out": {},
+            "wall_seconds": {},
         }
-        for total in ("calls", "tokens_in", "tokens_out", "wall_seconds"):
-            cost[total] = {}
-        for call in self.calls:
-            spent = (1, call.tokens_in or 0, call.tokens_out or 0, call.wall_seconds)
-            for total, amount in zip(("calls", "tokens_in", "tokens_out", "wall_seconds"), spent):
-                cost[total][call.role] = round(cost[total].get(call.role, 0) + amount, 3)
+        for role in dict.fromkeys(call.role for call in self.calls):
+            calls = [call for call in self.calls if call.role == role]
+            cost["calls"][role] = len(calls)
+            cost["tokens_in"][role] = sum(call.tokens_in or 0 for call in calls)
+            cost["tokens_out"][role] = sum(call.tokens_out or 0 for call in calls)
+            cost["wall_seconds"][role] = round(sum(call.wall_seconds for call in calls), 3)
         return cost
 
 
@@ -689,10 +731,10 @@ def find_object(text: str) -> dict:
     try:
         found = parse(bare)
     except ValueError:  # not an object only: look behind the thoughts and among the words
-        answer = text.rpartition("</")[2]
+        answer = text.rpartition("</")[2]  # behind the last closing tag; before it is a thought
         before, brace, rest = answer.partition("{")
         if "<" in before:
-            raise ValueError("the thinking was not finished") from None
+            raise ValueError("a < before the object: was the thinking finished?") from None
         if not brace or "[" in before:
             raise ValueError("no JSON object") from None
         found = parse(brace + rest[: rest.rfind("}") + 1])
@@ -776,9 +818,12 @@ class OpenAIVLM:
         google = urlsplit(self.vlm_url).hostname == urlsplit(GOOGLE).hostname
         names = ["GEMINI_API_KEY", "GOOGLE_API_KEY"] if google else ["OPENAI_API_KEY"]
         keys = [os.environ.get(name, "").strip() for name in names]
-        key = "".join(keys[:1]) or "".join(keys[1:])
+        key = keys[0] or keys[-1]
         if google and not key:
-            raise Problem(f"No API key for {self.host}: set {names[0]}, or try examples.maze.run.")
+            raise Problem(f"No API key for {self.host}: set {names[0]}, or try "
+                          "python -m examples.maze.run, which needs none.")
+        if not key.isascii():
+            raise Problem("The API key contains a character that no key has.")
         return openai.OpenAI(
             api_key=key or "none",  # local servers want no key, the client wants a text
             base_url=self.vlm_url,
@@ -827,7 +872,7 @@ class OpenAIVLM:
         else:
             reason = f"{error} {error.__cause__ or ''}"  # "Connection error." says too little
         reason = clean(" ".join(reason.split()))[:600]
-        if "/v1" not in self.vlm_url:
+        if "/v1" not in self.vlm_url and getattr(error, "status_code", 404) == 404:
             reason += "; a base URL usually ends in /v1"
         return reason
 
@@ -853,20 +898,21 @@ def media(kind: str, mime: str, data: bytes) -> dict:
 
 def jpeg(picture: np.ndarray) -> bytes:
     """A JPEG of at most 1024 pixels a side."""
-    image, out = Image.fromarray(picture), io.BytesIO()
+    image = Image.fromarray(picture)
+    out = io.BytesIO()
     image.thumbnail((1024, 1024))
     image.save(out, "JPEG", quality=92, subsampling=0)
     return out.getvalue()
 
 
 def sample(clip: Clip, per_second: float) -> list[int]:
-    """Frame numbers at about that rate, the first and the last among them: 7 of 6 s. (A.1)"""
+    """Frame numbers at about that rate, first and last included: 7 of a 6 s clip. (A.1) [D10]"""
     last = len(clip.frames) - 1
     n = min(last, max(1, round(clip.seconds * per_second)))
     return [round(i * last / n) for i in range(n + 1)]
 
 
-CUT_OFF = ("length", "max_tokens", "content_filter", "safety")  # finish reasons of no whole reply
+CUT_OFF = ("length", "max_tokens", "content_filter", "safety")  # finish reasons of half a reply
 
 
 def read_completion(body: str) -> dict:
@@ -885,7 +931,7 @@ def read_completion(body: str) -> dict:
         message = choice["message"]
         text = message.get("content") or ""
         if isinstance(text, list):
-            text = "".join(part["text"] for part in text)
+            text = "".join(part.get("text", "") for part in text)
         finish_reason = str(choice.get("finish_reason")).lower()
         thought = message.get("reasoning") or message.get("reasoning_content")
         refusal = message.get("refusal")
@@ -931,6 +977,7 @@ class Wan:
                 raise Problem(f"{folder} is no diffusers checkpoint: it has no model_index.json.")
         elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.vgm):
             raise Problem(f"{self.vgm} is neither a folder nor a hub id such as {Wan.vgm}.")
+        # without a GPU only a local checkpoint below 2 GB will do, such as tiny-wan
         size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
         if not torch.cuda.is_available() and not 0 < size < 2e9:
             raise Problem(f"{self.vgm} needs a CUDA GPU; python -m examples.maze.run needs none.")
@@ -938,7 +985,8 @@ class Wan:
     @cached_property
     def pipe(self):
         """The diffusers pipeline, loaded when it is first needed. Raises Problem."""
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses a part Wan needs not
+        # transformers warns of a weight that Wan does not use
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         import diffusers
         import torch
         import transformers
@@ -964,12 +1012,25 @@ class Wan:
         if not torch.cuda.is_available():
             return
         if self.offload == "none":
-            pipe.to("cuda")
+            with self.memory():
+                pipe.to("cuda")
         elif self.offload == "model":
             pipe.enable_model_cpu_offload()
         else:
             pipe.enable_group_offload(
                 torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+
+    @contextmanager
+    def memory(self):
+        """Says what to try when the GPU's memory is not enough."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            smaller = {"none": "try --offload model", "model": "try --offload group"}
+            hint = smaller.get(self.offload, "this GPU is too small")
+            raise RuntimeError(f"out of GPU memory: {hint} ({error})") from error
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
         """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s. [D8] Raises what diffusers raises."""
@@ -979,7 +1040,7 @@ class Wan:
         multiple = self.pipe.vae_scale_factor_spatial * transformer.config.patch_size[1]
         width, height = fit(frame.shape[1], frame.shape[0], multiple)
         image = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
-        try:
+        with self.memory():
             video = self.pipe(
                 image=image,
                 prompt=prompt,
@@ -992,10 +1053,6 @@ class Wan:
                 generator=torch.Generator().manual_seed(seed),
                 output_type="np",
             ).frames[0]
-        except torch.OutOfMemoryError as error:
-            smaller = {"none": "try --offload model", "model": "try --offload group"}
-            hint = smaller.get(self.offload, "this GPU is too small")
-            raise RuntimeError(f"out of GPU memory: {hint} ({error})") from error
         if not np.isfinite(video).all():
             raise ValueError("the clip contains values that are not finite")
         return Clip((video * 255).round().astype(np.uint8), self.fps)
@@ -1033,8 +1090,8 @@ def load_image(path: str | Path) -> np.ndarray:
     with explained(unreadable, Exception), Image.open(path) as image:
         width, height = image.size
         if min(width, height) < 16 or max(width, height) > 8192 or width * height > 50e6:
-            raise Problem(f"{path} has {width}x{height} pixels: a side needs 16 to 8192, and all "
-                          "of them may be 50 million.")
+            raise Problem(f"{path} has {width}x{height} pixels: a side needs 16 to 8192, and the "
+                          "picture may have 50 million.")
         if image.mode.startswith(("I", "F")):
             raise Problem(f"{path} has more than 8 bits a channel: convert it to 8 bits.")
         turn = UPRIGHT.get(image.getexif().get(0x112, 1))
@@ -1092,25 +1149,25 @@ class RecordedModels(Models):
     def __init__(self, vgm, vlm, folder: str | Path, seed: int = 0):
         super().__init__(vgm, vlm, seed)
         self.folder = Path(folder)
-        self.facts: dict = {}  # what else start.json and trace.json should say
+        self.facts: dict = {}  # more entries for start.json and trace.json; set before the run
         (self.folder / "clips").mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.iterdir(), *(self.folder / "clips").iterdir()]:
-            if path.is_symlink():  # it could lead anywhere
+            if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:  # to anywhere
                 raise Problem(f"{path} is a link: choose another folder.")
         lock = self.folder.resolve() / "lock"
         self.lock = filelock.FileLock(lock, is_singleton=True)  # this process may open it twice
-        with explained(f"{self.folder} is in use by another process", filelock.Timeout):
+        with explained(f"{self.folder} is in use by another run", filelock.Timeout):
             self.lock.acquire(blocking=False)
         recorded = self.read_calls()
         names = [call.clip for call in recorded if call.clip]
         self.clips = max(map(number_in, names), default=0)  # the number of the newest clip
-        while recorded and recorded[-1].failed:  # it ended its run, and is tried again
+        while recorded and recorded[-1].failed:  # they ended the last run, and are tried again
             recorded.pop()
         self.recorded = {call.request: call for call in recorded}
         self.requests: Counter[str] = Counter()  # of this run
 
     def read_calls(self) -> list[Call]:
-        """The lines of calls.jsonl; a last line torn by a power cut is dropped."""
+        """The lines of calls.jsonl. A last line that a power cut tore is dropped."""
         path = self.folder / "calls.jsonl"
         whole, newline, torn = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
         calls = []
@@ -1119,6 +1176,8 @@ class RecordedModels(Models):
                 with explained(f"{path}, line {number} is damaged; delete it or choose another "
                                "folder", ValueError):
                     calls.append(Call.model_validate_json(line))
+        if torn and not torn.startswith(b"{"):
+            raise Problem(f"{path} does not end with a call: choose another folder.")
         if torn:
             os.truncate(path, len(whole + newline))
         return calls
@@ -1138,7 +1197,7 @@ class RecordedModels(Models):
         request = self.name_request("vgm", self.vgm, frame, prompt, seconds, seed)
         call = self.recorded.get(request)
         if call is not None:
-            clip = self.read_clip(call)
+            clip = self.read_clip(call, seconds)
             if clip is not None or call.error:
                 log.info("step %d: vgm: attempt %d, seed %d: recorded", t, j, seed)
                 return call.model_copy(update={"t": t, "j": j}), clip
@@ -1177,16 +1236,16 @@ class RecordedModels(Models):
             os.fsync(file.fileno())
         return Call.model_validate_json(line)
 
-    def read_clip(self, call: Call) -> Clip | None:
-        """The clip of a recorded call; None if it is missing or has changed."""
+    def read_clip(self, call: Call, seconds: float) -> Clip | None:
+        """The clip of a recorded call; None if it is missing, has changed, or is no good clip."""
         if call.clip is None or call.size is None:
             return None
         try:
             data = (self.folder / "clips" / Path(call.clip).name).read_bytes()
             if hashlib.sha256(data).hexdigest() != call.sha256:
                 return None
-            clip = Clip(read_lossless(data), call.size[2])
-        except (OSError, av.FFmpegError):
+            clip = self.checked_clip(Clip(read_lossless(data), call.size[2]), seconds)
+        except (OSError, ValueError, av.FFmpegError):
             return None
         return clip if clip.seconds == call.seconds else None
 
@@ -1245,10 +1304,12 @@ def number_in(name: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def fits(reply, schema: type[BaseModel]) -> bool:
+def fits(reply: dict | None, schema: type[BaseModel]) -> bool:
+    if reply is None:
+        return False
     try:
         schema.model_validate(reply)
-    except (ValueError, AttributeError):
+    except ValueError:
         return False
     return True
 
@@ -1282,11 +1343,12 @@ def explained(what: str, *errors: type[Exception]):
         raise Problem(f"{what} ({first_line(error)}).") from error
 
 
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in the name of a variable
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in a variable's name
+SECRET_FIELD = re.compile("(key|token|secret|password)$", re.IGNORECASE)  # as a setting's name ends
 
 
 def clean(text: str) -> str:
-    """The text without the environment's secrets, and without what steers a terminal."""
+    """The text without the environment's secrets, and without control characters."""
     for name, value in os.environ.items():
         secret = value.strip()
         if SECRET.search(name) and len(secret) >= 8:
@@ -1321,28 +1383,41 @@ class Command(Generic[VGM]):
             raise Problem("The task is empty: say what the video should show.")
         with explained("The task is no valid text", UnicodeError):
             self.task.encode()
+        if not 0 <= self.seed < 2**62:
+            raise Problem(f"--seed is {self.seed}: it must be 0 or more, and below 2 to the 62nd.")
         I0 = load_image(self.image)
-        chosen = {**asdict(self.config), **asdict(self.vlm), "seed": self.seed}
-        if is_dataclass(self.vgm):
-            chosen.update(asdict(self.vgm))  # type: ignore[arg-type]
         out = self.out
         if out is None:
+            both = [identity(self.vlm), identity(self.vgm)]
+            request = digest(I0, self.task, asdict(self.config), both, self.seed)
             name = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
-            out = Path("runs", f"{name}-{digest(I0, self.task, chosen)[:8]}")
+            out = Path("runs", f"{name}-{request[:8]}")
         if not (out / "calls.jsonl").exists():
             check = getattr(self.vgm, "check", None)
             if check is not None:
                 check()
-            log.info("%s will see the pictures. At worst: %d clips, %.1f s of generated video, "
-                     "%d VLM calls, and what fails.", self.vlm.host, *self.config.worst_case())
+            log.info("%s will see the pictures.", self.vlm.host)
+            log.info("At worst: %d clips, %.1f s of generated video, %d VLM calls. Failed calls "
+                     "come on top.", *self.config.worst_case())
         models = RecordedModels(self.vgm, self.vlm, out, self.seed)
-        shown = {name: "***" if SECRET.search(name) else value for name, value in chosen.items()}
-        models.facts = {"image": self.image, "settings": shown}
+        models.facts = {"image": self.image, "settings": self.settings()}
         return models, I0
+
+    def settings(self) -> dict:
+        """All options by name, for the trace; keys are masked."""
+        values = {**asdict(self.config), **asdict(self.vlm), "seed": self.seed}
+        if is_dataclass(self.vgm):
+            values.update(asdict(self.vgm))  # type: ignore[arg-type]
+        values["request_extra"] = json.dumps(masked(parse(self.vlm.request_extra)))
+        return masked(values)
+
+
+def masked(values: dict) -> dict:
+    return {name: "***" if SECRET_FIELD.search(name) else value for name, value in values.items()}
 
 
 class CleanFormatter(logging.Formatter):
-    """Keeps secrets, and what steers a terminal, out of the log."""
+    """Keeps secrets and control characters out of the log."""
 
     def format(self, record):
         return clean(super().format(record))
@@ -1361,6 +1436,15 @@ def prepare_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def show(values: dict) -> None:
+    """Print them, a line each. That nobody reads any more does not spoil a run."""
+    try:
+        for name, value in values.items():
+            print(f"{name:17} {value}", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check_names(vgm: type) -> None:
     """Raises Problem if a field of a generator would be an option that exists already."""
     taken = {each.name for kind in (Command, Config, OpenAIVLM) for each in fields(kind)}
@@ -1376,34 +1460,33 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
     Returns the exit status: 0, a video was made; 2, something was wrong before any model had
     answered; 1, something failed later; 130, interrupted. Raises SystemExit for bad options.
     """
-    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # a box has no room for them
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # they do not fit tyro's box
     import tyro
 
-    check_names(vgm)
-    command = tyro.cli(
-        Command[vgm],  # type: ignore[valid-type]
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
     prepare_terminal()
     models = None
     try:
+        check_names(vgm)
+        command = tyro.cli(
+            Command[vgm],  # type: ignore[valid-type]
+            args=argv,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
         models, I0 = command.prepare()
         result = CollabVR(models, command.config).run(I0, command.task)
         video = models.save(result)
     except KeyboardInterrupt:
         status, message = 130, "Interrupted."
     except (Problem, OSError) as error:
-        status, message = 1 if models and models.calls else 2, str(error)
+        answered = models and any(call.text or call.seconds for call in models.calls)
+        status, message = 1 if answered else 2, str(error)
     else:
-        told = {
+        show({
             "status": result.status,
             "unverified_steps": result.unverified_steps,
             **models.cost(),
             "video": clean(str(video)),
-        }
-        for name, value in told.items():
-            print(f"{name:17} {value}")
+        })
         return 0
     if models and models.calls:
         message += " What was paid for is kept: the same command goes on from here."

@@ -967,6 +967,12 @@ def test_all_faults_are_told_at_once():
     assert "errors.pydantic.dev" not in again and "Value error" not in again
 
 
+def test_a_reject_needs_a_reason_or_a_suggestion():
+    """Without both, nothing could join the prompt."""
+    run = go(plan(), reject(reason=" ", suggestion=""), accept())
+    assert run.roles() == "pvv" and "a reject needs a reason" in run.asked("verifier")[1]
+
+
 def test_an_accept_that_contradicts_itself_is_told_so():
     """What it needs is said."""
     for wrong in (accept(executed=False), accept("none")):
@@ -1454,6 +1460,41 @@ def test_a_damaged_clip_is_made_again(tmp_path, undisturbed, number, damage):
     assert outcome(again) == undisturbed, "what was made again is kept"
 
 
+@pytest.mark.parametrize("frames", [np.zeros((9, 2, 2, 3), np.uint8), I0[None]])
+def test_a_recorded_clip_is_checked_as_a_clip(tmp_path, undisturbed, frames):
+    """A folder of somebody else may hold one of another size, or of a single frame."""
+    go(*FULL, folder=tmp_path)
+    calls = lines(tmp_path)
+    second = [call for call in calls if call["role"] == "vgm"][1]
+    data = c.lossless(c.Clip(frames, 4))
+    (tmp_path / second["clip"]).write_bytes(data)
+    second["sha256"] = hashlib.sha256(data).hexdigest()
+    second["seconds"] = (len(frames) - 1) / 4
+    second["size"] = [*frames.shape[1:3], 4]
+    write_lines(tmp_path, calls)
+    vgm = Painter()
+    vgm.calls = [{}]  # its colours are the numbers of its calls
+    assert outcome(go(vgm=vgm, folder=tmp_path)) == undisturbed
+
+
+def test_a_file_without_a_call_is_left_alone(tmp_path):
+    """What is no torn line is not cut off."""
+    (tmp_path / "calls.jsonl").write_text("my own notes")
+    with pytest.raises(c.Problem, match="does not end with a call"):
+        c.RecordedModels(None, None, tmp_path)
+    assert (tmp_path / "calls.jsonl").read_text() == "my own notes"
+
+
+def test_a_hard_link_in_a_folder_is_refused(tmp_path):
+    """It would be written through, as any other link."""
+    outside = tmp_path / "outside.txt"
+    outside.touch()
+    (tmp_path / "run").mkdir()
+    os.link(outside, tmp_path / "run" / "calls.jsonl")
+    with pytest.raises(c.Problem, match="is a link"):
+        c.RecordedModels(None, None, tmp_path / "run")
+
+
 @pytest.mark.parametrize("torn", [1, 10, 100])
 def test_a_torn_last_line_is_dropped(tmp_path, undisturbed, torn):
     """A power cut may leave one. Only its call is made again."""
@@ -1924,6 +1965,13 @@ def test_extra_fields_go_into_each_request():
         assert "temperature" not in body and body["top_k"] == 5 and body["seed"] == 1
 
 
+def test_a_key_that_is_no_ascii_is_told_so(monkeypatch):
+    """No header can carry it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+    with pytest.raises(c.Problem, match="no key has"):
+        c.OpenAIVLM(vlm_url="http://127.0.0.1:1/v1")("", [], c.Plan)
+
+
 def test_large_pictures_are_sent_smaller():
     """At most 1024 pixels a side."""
     with Image.open(io.BytesIO(c.jpeg(np.zeros((500, 4096, 3), np.uint8)))) as sent:
@@ -2223,6 +2271,34 @@ def job(tmp_path, picture, monkeypatch, capsys, caplog):
     signal.signal(signal.SIGTERM, before)
     seen = "".join(capsys.readouterr()).encode() + written(tmp_path / "out")
     assert not [text for text in spellings("sk-secret-123") if text in seen]
+
+
+def test_a_timeout_is_no_reason_for_another_folder(picture):
+    """Another timeout, or another place for the weights, goes on in the same folder."""
+    def folder(**settings):
+        vlm = c.OpenAIVLM(vlm_url="http://127.0.0.1:1/v1", **settings)
+        command = c.Command(picture, "t", c.Config(), vlm, Mine())
+        return command.prepare()[0].folder
+
+    assert folder() == folder(timeout=5.0) != folder(verify_fps=2.0)
+
+
+def test_keys_in_extra_fields_are_not_recorded(picture, tmp_path):
+    """Some gateways take them there. A name that only holds such a word is shown."""
+    extra = '{"api_key": "sk-hidden-1", "max_tokens": 5}'
+    vlm = c.OpenAIVLM(vlm_url="http://127.0.0.1:1/v1", request_extra=extra)
+    settings = c.Command(picture, "t", c.Config(), vlm, Mine()).settings()
+    assert settings["request_extra"] == '{"api_key": "***", "max_tokens": 5}'
+
+
+def test_a_reader_that_stops_spoils_no_run(job, tmp_path):
+    """The video was made: the exit status is 0, whatever becomes of what is printed."""
+    with Endpoint(plan(), accept()) as endpoint, open("/dev/full", "w") as full:
+        argv = [sys.executable, str(tmp_path / "mine.py"), *job, "--vlm-url", endpoint.url]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(
+            argv, check=False, env=env, stdout=full, stderr=subprocess.PIPE, timeout=100)
+    assert run.returncode == 0 and b"Traceback" not in run.stderr
 
 
 def swapped(argv, name, value):
@@ -3010,7 +3086,8 @@ def test_the_readmes_statuses_are_all_there_are():
 def test_the_readme_says_what_a_run_can_cost():
     """At worst, with the default settings."""
     clips, seconds, calls = c.Config().worst_case()
-    assert f"{clips} clips ({seconds:.0f} s of video) and {calls} VLM calls" in " ".join(read("README.md").split())
+    text = " ".join(read("README.md").split())
+    assert f"{clips} clips ({seconds:.0f} s of video) and {calls} VLM calls" in text
 
 
 def test_the_readmes_example_runs(tmp_path):

@@ -19,7 +19,6 @@ import io
 import os
 import sys
 import time
-from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +66,8 @@ class Veo:
     clip_timeout: Annotated[float, Field(gt=0)] = 900.0  # longest wait for a clip, in seconds
     jobs: Path = Path("runs/veo")  # folder of what was ordered, so that nothing is paid for twice
 
-    dollars: float = field(default=0.0, init=False)  # for the clips that this process ordered
+    def __post_init__(self):
+        self.dollars = 0.0  # for the clips that this process ordered
 
     @property
     def identity(self) -> dict:
@@ -131,12 +131,13 @@ class Veo:
                 self.jobs.mkdir(parents=True, exist_ok=True)
             name = self.order(letterbox(frame, box), prompt, int(seconds), seed)
             collabvr.write_file(job, name.encode())
-            self.dollars += seconds * self.dollars_per_second
         try:
             clip = unboxed(self.delivery(job), box)
         except RuntimeError:  # nothing will come of this job
             job.unlink()
             raise
+        if not ordered_earlier:
+            self.dollars += seconds * self.dollars_per_second
         log.info("Veo: %g s at $%g a second%s; $%.2f since the start", seconds,
                  self.dollars_per_second, ", ordered earlier" if ordered_earlier else "",
                  self.dollars)

@@ -2,6 +2,7 @@
 asked for, so a stand-in takes its place."""
 
 import importlib.machinery
+import os
 import shutil
 import sys
 import types
@@ -68,6 +69,9 @@ def save_tiny(folder):
     pipe.save_pretrained(folder)
 
 
+slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cosmos")
@@ -99,6 +103,7 @@ def packages(monkeypatch):
         monkeypatch.setitem(sys.modules, name, stub)
 
 
+@slow
 def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
         folder, packages, monkeypatch):
     monkeypatch.setattr(cosmos, "AREA", 96 * 64)
@@ -112,6 +117,7 @@ def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
     assert asked[:2] == ["Move the ball.", (9, 64, 96, 3)]
 
 
+@slow
 def test_what_the_guardrail_refuses_is_a_failed_generation_that_says_so(
         folder, packages, monkeypatch):
     monkeypatch.setattr(cosmos, "AREA", 96 * 64)
@@ -145,6 +151,7 @@ def test_without_a_gpu_the_big_checkpoint_is_refused(packages, monkeypatch):
         cosmos.Cosmos().check()
 
 
+@slow
 def test_weights_come_from_safetensors_only(folder, packages, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "cosmos")
     (broken / "vae" / "diffusion_pytorch_model.safetensors").rename(

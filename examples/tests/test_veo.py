@@ -221,7 +221,7 @@ def test_a_length_that_veo_cannot_make_is_one_sentence_before_anything_is_asked(
 # ------------------------------------------------------------------------------
 # Letterboxing and its removal
 
-SHAPES = [(200, 300), (720, 480), (90, 90), (16, 16), (1600, 900), (3000, 200), (16, 400), (97, 61)]
+SHAPES = [(200, 300), (90, 90), (1600, 900), (3000, 200), (97, 61)]
 
 
 @pytest.mark.parametrize("width, height", SHAPES)
@@ -242,7 +242,7 @@ def test_a_clip_has_the_pictures_shape_and_its_first_frame_is_the_picture(
     assert clip.fps == 24 and clip.seconds == 2 / 24
 
 
-@pytest.mark.parametrize("width, height", SHAPES[::2])
+@pytest.mark.parametrize("width, height", SHAPES[:2])
 def test_the_size_is_the_same_at_every_step_and_the_picture_does_not_wander(
         width, height, google, make):
     google.film = whole

@@ -1072,7 +1072,7 @@ def read_lossless(data: bytes) -> np.ndarray:
 
     The format is named, because ffmpeg would also follow a playlist to other files.
     """
-    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:
+    with iio.imopen(data, "r", plugin="pyav", format="matroska") as file:  # type: ignore
         return file.read()
 
 
@@ -1361,6 +1361,14 @@ def prepare_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def check_names(vgm: type) -> None:
+    """Raises Problem if a field of a generator would be an option that exists already."""
+    taken = {each.name for kind in (Command, Config, OpenAIVLM) for each in fields(kind)}
+    for name in getattr(vgm, "__dataclass_fields__", {}):
+        if name in taken - {"vgm"}:  # Wan's vgm is the option --vgm, Command's has none
+            raise Problem(f"{vgm.__name__}.{name} is the name of another option: choose another.")
+
+
 def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
     """The command line. `sys.exit(collabvr.main(Mine))` makes one for a generator of your own:
     the fields of the dataclass Mine become options.
@@ -1371,6 +1379,7 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # a box has no room for them
     import tyro
 
+    check_names(vgm)
     command = tyro.cli(
         Command[vgm],  # type: ignore[valid-type]
         args=argv,

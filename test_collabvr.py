@@ -2283,6 +2283,18 @@ def test_the_same_command_replays(job, tmp_path, monkeypatch):
     assert MADE == [0] and trace(tmp_path) == done
 
 
+def test_a_field_named_like_another_option_is_refused():
+    """Two options of one name would be one."""
+
+    @dataclass
+    class Clashing:
+        timeout: int = 3
+
+    with pytest.raises(c.Problem, match="Clashing.timeout"):
+        c.main(Clashing, [])
+
+
+
 def test_an_own_generators_fields_are_options(job, capsys):
     """With type, default and the comment behind the field as help."""
     with pytest.raises(SystemExit) as stopped:
@@ -2993,6 +3005,12 @@ def test_the_readmes_statuses_are_all_there_are():
     """A line in its table for each."""
     named = set(re.findall(r"^\| `(\w+)` \|", read("README.md"), re.MULTILINE))
     assert {"complete", "step_cap", "fallback", "best_attempt"} <= named
+
+
+def test_the_readme_says_what_a_run_can_cost():
+    """At worst, with the default settings."""
+    clips, _, calls = c.Config().worst_case()
+    assert f"{clips} clips and {calls} VLM calls" in " ".join(read("README.md").split())
 
 
 def test_the_readmes_example_runs(tmp_path):

@@ -202,7 +202,7 @@ class M1(CollabVR):
 
 
 class M2(CollabVR):
-    """Verification and evolution alone: one step, whose action is q: no router can split it. [D14]"""
+    """Verification and evolution alone: one step, whose action is q. Nothing to split. [D14]"""
 
     def __init__(self, models: Models, config: Config | None = None):
         super().__init__(models, replace(config or Config(), N_max=1))

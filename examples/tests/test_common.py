@@ -30,10 +30,10 @@ def test_wilson_is_the_published_interval():
 def test_the_bootstrap_covers_a_mean_about_19_times_in_20():
     rng = np.random.default_rng(0)
     hits = 0
-    for _ in range(100):
+    for _ in range(40):
         low, high = common.bootstrap(np.mean, rng.normal(3, 1, 50))
         hits += low < 3 < high
-    assert 88 <= hits <= 99
+    assert 34 <= hits < 40
 
 
 def test_the_bootstrap_draws_rows_whole():

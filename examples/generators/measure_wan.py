@@ -65,13 +65,14 @@ TEXT = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_l
         "num_heads": 64}  # UMT5-XXL's encoder
 # the sizes of a model and of its clips: A14B's are where it differs from the classes' defaults
 A14B: dict[str, Any] = {
-    "text": TEXT, "expert": {}, "vae": {}, "frames": 97, "height": 480, "width": 832}
+    "text": TEXT, "expert": {}, "vae": {}, "words": 512, "frames": 97, "height": 480, "width": 832}
 TINY: dict[str, Any] = {
     "text": {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1,
              "num_heads": 2},
     "expert": {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "freq_dim": 32,
                "ffn_dim": 64, "num_layers": 4},
-    "vae": {"base_dim": 8, "num_res_blocks": 1}, "frames": 9, "height": 64, "width": 64}
+    "vae": {"base_dim": 8, "num_res_blocks": 1}, "words": 16, "frames": 5, "height": 32,
+    "width": 32}
 
 
 # ------------------------------------------------------------------------------
@@ -119,17 +120,18 @@ def random_wan(size: dict, experts: int = 2):
     """Wan2.2 I2V with random weights, as a whole pipeline."""
     torch.manual_seed(0)
     one = random_expert(size)
-    return pipeline(one, random_expert(size) if experts == 2 else None, random_text_encoder(size),
-                    random_vae(size))
+    other = random_expert(size) if experts == 2 else None
+    return pipeline(one, other, random_text_encoder(size), random_vae(size), size["words"])
 
 
-def pipeline(transformer, transformer_2=None, text_encoder=None, vae=None):
+def pipeline(transformer, transformer_2=None, text_encoder=None, vae=None, words: int = 512):
     import diffusers
     import tokenizers
     import transformers
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "x": 1}, unk_token="x"))
+    model = tokenizers.models.WordLevel({"<pad>": 0, "x": 1}, unk_token="x")
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="x", model_max_length=512)
+        tokenizer_object=tokenizers.Tokenizer(model), pad_token="<pad>", unk_token="x",
+        model_max_length=words)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return diffusers.WanImageToVideoPipeline(
@@ -192,7 +194,8 @@ def measure_steps(name: str, size: dict, steps: int) -> dict:
     wan.place(pipeline(expert))
     x["weights_GB"] = expert.get_memory_footprint() / 1e9
     shape = 1, 36, (size["frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8
-    text = torch.randn(1, 512, expert.config.text_dim, device=device(), dtype=torch.bfloat16)
+    text = torch.randn(
+        1, size["words"], expert.config.text_dim, device=device(), dtype=torch.bfloat16)
     t = torch.full((1,), 900.0, device=device())
 
     def noise() -> torch.Tensor:
@@ -213,14 +216,18 @@ def measure_steps(name: str, size: dict, steps: int) -> dict:
 
 
 @torch.no_grad()
+def measure_text(size: dict) -> dict:
+    """Seconds of two prompts, and the encoder's memory."""
+    text = random_text_encoder(size)
+    ids = torch.ones(1, size["words"], dtype=torch.long, device=device())
+    seconds = timed(lambda: text(ids, torch.ones_like(ids)), 1)[0]
+    return {"text": 2 * seconds, "text_GB": text.get_memory_footprint() / 1e9}
+
+
+@torch.no_grad()
 def measure_rest(size: dict) -> dict:
     """What a clip needs beside its steps: seconds of two prompts, of encoding and of decoding."""
-    x: dict[str, Any] = {}
-    text = random_text_encoder(size)
-    ids = torch.ones(1, 512, dtype=torch.long, device=device())
-    x["text_GB"] = sum(w.numel() * w.element_size() for w in text.parameters()) / 1e9
-    x["text"] = 2 * timed(lambda: text(ids, torch.ones_like(ids)), 1)[0]
-    del text
+    x = measure_text(size)
     free_memory()
     vae = random_vae(size)
     picture = torch.randn(1, 3, size["frames"], size["height"], size["width"], device=device())

@@ -46,15 +46,21 @@ def one(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def plain(two):
+    """A clip without options."""
+    return clip(FastWan(vgm=two))
+
+
 def clip(vgm, seed=0):
     return vgm(FRAME, "Move the ball.", 0.25, seed).frames
 
 
-def test_without_options_it_is_wan(two):
+def test_without_options_it_is_wan(two, plain):
     assert FastWan().identity == c.Wan().identity | {
-        "fp8": False, "fp8_matmul": False, "cache_low": 0, "cache_high": 0, "compile": False, "attention": "auto",
-        "lora_high": "", "lora_low": ""}
-    ours, theirs = clip(FastWan(vgm=two)), clip(c.Wan(vgm=two))
+        "fp8": False, "fp8_matmul": False, "cache_low": 0, "cache_high": 0, "compile": False,
+        "attention": "auto", "lora_high": "", "lora_low": ""}
+    ours, theirs = plain, clip(c.Wan(vgm=two))
     assert ours.shape == (5, 32, 48, 3) and (ours == theirs).all()
 
 
@@ -64,9 +70,10 @@ def test_settings_that_make_no_sense_are_refused_with_their_names():
             FastWan(**wrong)
 
 
-def test_the_cache_skips_blocks_of_the_low_noise_expert_only_and_says_how_often(two, caplog):
+def test_the_cache_skips_blocks_of_the_low_noise_expert_only_and_says_how_often(
+        two, plain, caplog):
     caplog.set_level(logging.INFO, "collabvr")
-    vgm, plain = FastWan(vgm=two, cache_low=0.5), FastWan(vgm=two)
+    vgm = FastWan(vgm=two, cache_low=0.5)
     calls = {"transformer": 0, "transformer_2": 0}
     for name in calls:  # what really is computed of the last block
         def count(*_, name=name):
@@ -78,7 +85,7 @@ def test_the_cache_skips_blocks_of_the_low_noise_expert_only_and_says_how_often(
     assert vgm.skipped("low-noise") == pytest.approx(share)
     assert f"low-noise expert: {100 * share:.0f} % of 28 passes ended after" in caplog.text
     assert "high-noise" not in caplog.text
-    assert (cached != clip(plain)).any() and (cached == clip(vgm)).all()
+    assert (cached != plain).any()
 
 
 def test_a_failed_clip_leaves_nothing_in_the_cache(two, monkeypatch):
@@ -95,7 +102,7 @@ def test_a_failed_clip_leaves_nothing_in_the_cache(two, monkeypatch):
     assert (clip(vgm) == fresh).all()
 
 
-def test_fp8_halves_the_blocks_weights_and_keeps_norms_and_scales(two, caplog):
+def test_fp8_halves_the_blocks_weights_and_keeps_norms_and_scales(two, plain, caplog):
     caplog.set_level(logging.INFO, "collabvr")
     vgm = FastWan(vgm=two, fp8=True)
     for expert in (vgm.pipe.transformer, vgm.pipe.transformer_2):
@@ -103,12 +110,12 @@ def test_fp8_halves_the_blocks_weights_and_keeps_norms_and_scales(two, caplog):
         assert block.attn1.to_q.weight.dtype == block.ffn.net[2].weight.dtype == torch.float8_e4m3fn
         assert block.norm2.weight.dtype == block.scale_shift_table.dtype == torch.float32
     assert caplog.text.count("GB in 8 bits") == 2
-    change = np.abs(clip(vgm).astype(int) - clip(FastWan(vgm=two))).mean()
+    change = np.abs(clip(vgm).astype(int) - plain).mean()
     assert 0 < change < 5  # of 255
     assert vgm.pipe.transformer.blocks[1].attn1.to_q.weight.dtype == torch.float8_e4m3fn
 
 
-def test_fp8_matmul_multiplies_in_8_bits_what_is_near_the_true_product(two):
+def test_fp8_matmul_multiplies_in_8_bits_what_is_near_the_true_product(two, plain):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(64, 32).to(torch.bfloat16), torch.randn(1, 48, 64).bfloat16()
     blocks = torch.nn.Sequential(layer)
@@ -117,7 +124,7 @@ def test_fp8_matmul_multiplies_in_8_bits_what_is_near_the_true_product(two):
     assert type(blocks[0]) is Float8Linear
     error = (blocks(x) - true).abs().mean() / true.abs().mean()
     assert 0 < error < 0.05
-    change = np.abs(clip(FastWan(vgm=two, fp8_matmul=True)).astype(int) - clip(FastWan(vgm=two)))
+    change = np.abs(clip(FastWan(vgm=two, fp8_matmul=True)).astype(int) - plain)
     assert 0 < change.mean() < 5  # of 255
 
 
@@ -284,7 +291,7 @@ def test_each_option_is_a_row_a_failure_too_and_the_next_start_measures_only_tha
         said = capsys.readouterr().out
         table = {x[:len(budget)].strip(): x[len(budget):].split() for x in said.splitlines()}
         for name in ("diffusers' defaults", "cache"):
-            step, steps, peak, seconds, hourly, times, skipped = table[name]
+            step, steps, peak, seconds, hourly, _, skipped = table[name]
             assert steps == "2" and peak == "-", "memory is the GPU's"
             assert float(hourly.replace(",", "")) == pytest.approx(3600 / float(seconds), rel=0.05)
             assert float(seconds) > 20 * float(step)
@@ -344,11 +351,11 @@ def test_what_is_missing_gets_one_sentence(monkeypatch, tmp_path, capsys):
     assert "skimage.metrics is needed: pip install" in capsys.readouterr().err
 
 
-def test_a_made_up_wan_is_what_its_checkpoint_would_be(two):
+def test_a_made_up_wan_is_what_its_checkpoint_would_be(plain):
     wan = FastWan(vgm="random")
     wan.pipe = measure_wan.random_wan(measure_wan.TINY)
     wan.place(wan.pipe)
-    assert (clip(wan) == clip(FastWan(vgm=two))).all()
+    assert (clip(wan) == plain).all()
     with torch.device("meta"):  # and an expert of the big one has A14B's 14.3 billion
         expert = diffusers.WanTransformer3DModel(in_channels=36, **measure_wan.A14B["expert"])
     assert round(sum(x.numel() for x in expert.parameters()) / 1e9, 1) == 14.3

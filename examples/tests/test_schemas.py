@@ -1,7 +1,7 @@
 """Every schema that a VLM is asked to follow, through the engines that hold it to a schema:
 xgrammar, llguidance and lm-format-enforcer of vLLM and SGLang, and OpenAI's strict mode.
 
-    pip install --no-deps xgrammar==0.2.8    # its triton is 1 GB, and for a GPU only
+    pip install --no-deps xgrammar==0.2.8 apache-tvm-ffi    # triton is 1 GB, for a GPU
 """
 
 import functools
@@ -139,7 +139,7 @@ class XGrammar:
 
     def __init__(self, schema: dict):
         self.xgrammar = pytest.importorskip(
-            "xgrammar", reason="pip install --no-deps xgrammar==0.2.8")
+            "xgrammar", reason="pip install --no-deps xgrammar==0.2.8 apache-tvm-ffi")
         vocabulary = [bytes([i]) for i in range(256)] + [b"</s>"]
         info = self.xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[256])
         compiled = self.xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema))
@@ -269,7 +269,8 @@ def test_invalid_replies_are_refused(engine):
         text = json.dumps(reply)
         texts = [json.dumps(x) for x in wrong(schema.model_json_schema(), reply, engine.unchecked)]
         texts += [text[:-1], f"{text}.", f"[{text}]", f"{text[:-1]},}}", "", "{}", "no"]
-        texts += [text.replace(" ", bad) for bad in ("\0", "\x1f", "\\x")]  # between fields, and in them
+        for bad in ("\0", "\x1f", "\\x"):  # between fields, and in them
+            texts.append(text.replace(" ", bad))
         for text in texts:
             assert not takes(engine, schema, text), text
 

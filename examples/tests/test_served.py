@@ -246,7 +246,8 @@ def test_a_server_with_several_api_processes_keeps_no_jobs_and_is_asked_in_one_r
 
 
 def test_what_changes_a_clip_is_the_identity_and_where_it_comes_from_is_not():
-    one, two = served.Served(), served.Served(url="http://x:1/v1", clip_timeout=1, sync=True, jobs="y")
+    one, two = served.Served(), served.Served(
+        url="http://x:1/v1", clip_timeout=1, sync=True, jobs="y")
     assert one.identity == two.identity
     for other in ({"model": "x"}, {"fps": 8}, {"sampling_steps": 4}, {"guidance_scale": 1},
                   {"fields": '{"flow_shift": 3}'}):
@@ -547,7 +548,8 @@ def command(server, tmp_path, monkeypatch, capsys):
     (["--url", "http://me:word@x"], "has no user, password"),
     (["--fps", "0"], "greater than or equal to 1"), (["--fields", "[1]"], "not a JSON object"),
     (["--clip-timeout", "-1"], "greater than 0"), (["--speed", "9"], "--speed")])
-def test_settings_that_make_no_sense_are_refused_with_their_names(server, command, options, said):
+def test_settings_that_make_no_sense_are_refused_with_their_names(
+        server, command, options, said):
     status, error = command(*options)
     assert status == 2 and said in " ".join(error.replace("│", " ").split())
     field = options[0].removeprefix("--").replace("-", "_")

@@ -15,7 +15,6 @@ import collections
 import functools
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field

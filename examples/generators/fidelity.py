@@ -1,84 +1,95 @@
 """First-frame fidelity of a generator (App. A.4): does a clip begin with the picture it was given?
 
-    python examples/generators/fidelity.py --vgm examples/maze/tiny-wan --images FOLDER --clips 5
-    python examples/generators/fidelity.py --vgm my_generator.py:NAME --vgm-arg a=1 --images FOLDER
+    python -m examples.generators.fidelity wan --images FOLDER --vgm examples/maze/tiny-wan
+    python -m examples.generators.fidelity served --images FOLDER --url http://localhost:30000
+
+    sys.exit(fidelity.main(Mine))     # for a generator of your own, in its file
 
 Prints the SSIM of each picture and frame 0 of its clip, mean and deviation, beside the paper's.
-The clips stay in OUT, so that the same command, or one with more clips, pays for none twice.
+The clips stay in OUT: the same command, or one with more clips, makes none twice.
 """
+
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import sys
-from dataclasses import field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Generic, TypeVar
 
 import numpy as np
-from pydantic import Field
-from pydantic.dataclasses import dataclass as settings
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (1, 2)]
-import commands
-from commands import needed
-from samples import samples
-from summary import Table, ssim
 
 import collabvr
-from collabvr import Models, Problem, Wan
+from collabvr import Problem, RecordedModels, explained, log
+from examples.bench.run import GENERATORS
+from examples.bench.samples import Sample, samples
+from examples.bench.summary import ssim
+from examples.common import Table, command, needed
 
-PAPER = {"Wan": 0.970, "Cosmos": 0.971, "Veo": 0.977, "Sora 2": 0.818}  # A.4, input vs frame 0
+PAPER = {"Wan": 0.970, "Cosmos": 0.971, "Veo": 0.977, "Sora 2": 0.818}  # A.4, input and frame 0
 WARNING = """\
 Every step starts from the last frame of the one before: a generator that draws its first frame
 anew, as the paper found of Sora 2 and left it out for, breaks the loop, whatever the VLM says."""
+VGM = TypeVar("VGM")
 
 
-@settings(config={"extra": "forbid", "validate_default": True})
-class Fidelity:
-    images: str  # folder of pictures, or another data set that benchmark.py reads
-    vgm: Wan
-    task: str = "Something in the picture moves a little."  # prompt, where the data set has none
-    clips: Annotated[int, Field(ge=1)] = 5  # of as many pictures, the first ones
-    seconds: Annotated[float, Field(gt=0, le=600)] = 2.0  # of a clip
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    out: Path = Path("runs/fidelity")  # the clips
-    vgm_arg: list[str] = field(default_factory=list)  # NAME=VALUE for the class in FILE.py:NAME
+@dataclass
+class Fidelity(Generic[VGM]):
+    """Clips of the first pictures of a folder, with this generator."""
+
+    images: str  # folder of pictures, or another data set that examples.bench.run reads
+    vgm: VGM
+    task: str = "Something in the picture moves a little."  # prompt of pictures without one
+    clips: int = 5  # of as many pictures, the first ones
+    seconds: float = 2.0  # of a clip
+    seed: int = 0  # of every clip
+    out: Path = Path("runs/fidelity")  # folder of the clips
 
     def run(self) -> int:
-        """Makes the clips that are not there and prints the table. Raises Problem."""
-        pictures = list(itertools.islice(samples(self.images, self.task), self.clips))
-        if not pictures:
-            raise Problem(f"{self.images} holds no pictures.")
+        """Makes the clips that are not there yet and prints the table. Raises Problem."""
+        if self.clips < 1 or self.seconds <= 0 or self.seed < 0:
+            raise Problem("--clips and --seconds have to be above 0, --seed not below it.")
         needed("skimage.metrics")
-        vgm = collabvr.load_generator(
-            self.vgm, dict(x.partition("=")[::2] for x in self.vgm_arg))
-        vgm.check(self.seconds)
-        found = []  # SSIM of each
-        for x in pictures:
-            folder = self.out / x.id
-            folder.mkdir(parents=True, exist_ok=True)
-            if isinstance(x.image, bytes):
-                collabvr.write_file(folder / "input.png", x.image)
-            frame = collabvr.load_image(folder / "input.png" if isinstance(x.image, bytes)
-                                        else x.image)
-            clip = Models(vgm, None, folder).generate(frame, x.task, self.seconds, seed=self.seed)
-            with collabvr.explained(f"{x.id} has no SSIM", ValueError):  # of a tiny clip
-                found.append(ssim(frame, clip.frames[0]))
+        pictures = list(itertools.islice(samples(self.images, self.task), self.clips))
+        check = getattr(self.vgm, "check", None)
+        if check is not None:
+            check()
+        found = [self.measure(x) for x in pictures]
         std = float(np.std(found, ddof=1)) if len(found) > 1 else None
-        print(Table("First-frame fidelity (A.4): SSIM", ["", "clips", "mean", "std"], [
-            [self.vgm.vgm, len(found), float(np.mean(found)), std],
-            *([f"{name} (the paper's)", None, mean, None] for name, mean in PAPER.items())]).text())
+        name = getattr(self.vgm, "vgm", type(self.vgm).__name__)
+        rows: list[list] = [[name, len(found), float(np.mean(found)), std]]
+        for other, mean in PAPER.items():
+            rows.append([f"{other} (the paper's)", None, mean, None])
+        title = "First-frame fidelity (A.4): SSIM"
+        print(Table(title, ["", "clips", "mean", "std"], rows).text())
         print(WARNING)
         return 0
 
+    def measure(self, x: Sample) -> float:
+        """The SSIM of a picture and frame 0 of its clip."""
+        folder = self.out / x.id
+        folder.mkdir(parents=True, exist_ok=True)
+        with explained(f"{x.id} cannot be read", OSError):
+            collabvr.write_file(folder / "picture", x.picture())
+        frame = collabvr.load_image(folder / "picture")
+        models = RecordedModels(self.vgm, None, folder, self.seed)
+        clip = models.generate(models.begin(frame, x.task), x.task, self.seconds)
+        with explained(f"{x.id} has no SSIM", ValueError):  # of a tiny clip
+            return ssim(frame, clip.frames[0])
 
-def main(argv=None) -> int:
+
+def main(vgm: type | None = None, argv: list[str] | None = None) -> int:
     """0: the table was printed; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
-    collabvr.log.setLevel(logging.INFO)  # which clip is being waited for
-    return commands.guarded(
-        "fidelity.py", lambda: collabvr.parse(argv, Fidelity, "fidelity.py").run())
+    log.setLevel(logging.INFO)  # which clip is being waited for
+    kinds: type | dict[str, type] = Fidelity[vgm]  # type: ignore[valid-type]
+    if vgm is None:
+        kinds = {}
+        for name, (module, kind) in GENERATORS.items():
+            kinds[name] = Fidelity[getattr(importlib.import_module(module), kind)]
+    return command("python -m examples.generators.fidelity", __doc__, kinds, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ seconds: Wan2.2 A14B's architecture with random weights, 97 frames at 832x480, g
     how often a cache can skip nor how like the clips are.
 likeness: whole clips of a real checkpoint, tiny-wan on five mazes if you name none.
 
-An option that fails is a row all the same. The same command goes on where it ended.
+A row is on the disk as soon as it is measured. An option that fails is a row all the same. The same
+command goes on where it ended, and tries again what failed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 import collabvr
 from collabvr import Clip, Problem, log
 from examples.bench.summary import ssim
-from examples.common import Table, command, needed
+from examples.common import Table, command, needed, read_lines
 from examples.generators.fast_wan import FastWan
 
 FAST = {"compile": True, "fp8_matmul": True}
@@ -47,18 +48,31 @@ ROWS: dict[str, dict[str, Any]] = {  # FastWan's settings, and perhaps a budget 
     "24 GB: 8-bit weights, group offload": {"fp8": True, "offload": "group", "budget": 24},
     "24 GB: group offload": {"offload": "group", "budget": 24},
 }
+CHANGING: dict[str, dict[str, Any]] = {  # FastWan's settings that change the clip
+    "compile": {"compile": True},
+    "8-bit weights": {"fp8": True},
+    "8-bit products": {"fp8_matmul": True},
+    "compile, 8-bit products": FAST,
+    "cache 0.05": {"cache_low": 0.05},
+    "cache 0.1": {"cache_low": 0.1},
+    "cache 0.2": {"cache_low": 0.2},
+    "8-bit products, cache 0.05": {"fp8_matmul": True, "cache_low": 0.05},
+    "8-bit products, cache 0.1": {"fp8_matmul": True, "cache_low": 0.1},
+    "8-bit products, cache 0.2": {"fp8_matmul": True, "cache_low": 0.2},
+}
 STEPS = FastWan().sampling_steps  # of a clip
 TEXT = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
         "num_heads": 64}  # UMT5-XXL's encoder
 # the sizes of a model and of its clips: A14B's are where it differs from the classes' defaults
 A14B: dict[str, Any] = {
-    "text": TEXT, "expert": {}, "vae": {}, "frames": 97, "height": 480, "width": 832}
+    "text": TEXT, "expert": {}, "vae": {}, "words": 512, "frames": 97, "height": 480, "width": 832}
 TINY: dict[str, Any] = {
     "text": {"vocab_size": 8, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1,
              "num_heads": 2},
     "expert": {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "freq_dim": 32,
                "ffn_dim": 64, "num_layers": 4},
-    "vae": {"base_dim": 8, "num_res_blocks": 1}, "frames": 9, "height": 64, "width": 64}
+    "vae": {"base_dim": 8, "num_res_blocks": 1}, "words": 16, "frames": 5, "height": 32,
+    "width": 32}
 
 
 # ------------------------------------------------------------------------------
@@ -106,17 +120,18 @@ def random_wan(size: dict, experts: int = 2):
     """Wan2.2 I2V with random weights, as a whole pipeline."""
     torch.manual_seed(0)
     one = random_expert(size)
-    return pipeline(one, random_expert(size) if experts == 2 else None, random_text_encoder(size),
-                    random_vae(size))
+    other = random_expert(size) if experts == 2 else None
+    return pipeline(one, other, random_text_encoder(size), random_vae(size), size["words"])
 
 
-def pipeline(transformer, transformer_2=None, text_encoder=None, vae=None):
+def pipeline(transformer, transformer_2=None, text_encoder=None, vae=None, words: int = 512):
     import diffusers
     import tokenizers
     import transformers
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "x": 1}, unk_token="x"))
+    model = tokenizers.models.WordLevel({"<pad>": 0, "x": 1}, unk_token="x")
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="x", model_max_length=512)
+        tokenizer_object=tokenizers.Tokenizer(model), pad_token="<pad>", unk_token="x",
+        model_max_length=words)
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return diffusers.WanImageToVideoPipeline(
@@ -179,7 +194,8 @@ def measure_steps(name: str, size: dict, steps: int) -> dict:
     wan.place(pipeline(expert))
     x["weights_GB"] = expert.get_memory_footprint() / 1e9
     shape = 1, 36, (size["frames"] - 1) // 4 + 1, size["height"] // 8, size["width"] // 8
-    text = torch.randn(1, 512, expert.config.text_dim, device=device(), dtype=torch.bfloat16)
+    text = torch.randn(
+        1, size["words"], expert.config.text_dim, device=device(), dtype=torch.bfloat16)
     t = torch.full((1,), 900.0, device=device())
 
     def noise() -> torch.Tensor:
@@ -200,14 +216,18 @@ def measure_steps(name: str, size: dict, steps: int) -> dict:
 
 
 @torch.no_grad()
+def measure_text(size: dict) -> dict:
+    """Seconds of two prompts, and the encoder's memory."""
+    text = random_text_encoder(size)
+    ids = torch.ones(1, size["words"], dtype=torch.long, device=device())
+    seconds = timed(lambda: text(ids, torch.ones_like(ids)), 1)[0]
+    return {"text": 2 * seconds, "text_GB": text.get_memory_footprint() / 1e9}
+
+
+@torch.no_grad()
 def measure_rest(size: dict) -> dict:
     """What a clip needs beside its steps: seconds of two prompts, of encoding and of decoding."""
-    x: dict[str, Any] = {}
-    text = random_text_encoder(size)
-    ids = torch.ones(1, 512, dtype=torch.long, device=device())
-    x["text_GB"] = sum(w.numel() * w.element_size() for w in text.parameters()) / 1e9
-    x["text"] = 2 * timed(lambda: text(ids, torch.ones_like(ids)), 1)[0]
-    del text
+    x = measure_text(size)
     free_memory()
     vae = random_vae(size)
     picture = torch.randn(1, 3, size["frames"], size["height"], size["width"], device=device())
@@ -224,6 +244,7 @@ class Seconds:
 
     row: list[Literal[tuple(ROWS)]] = field(default_factory=list)  # only these
     steps: int = 3  # measured of each row, after one that warms up
+    minutes: float = math.inf  # no row is begun after that long
     small: bool = False  # a tiny model; always so without a GPU
     out: Path = Path("runs/measure-wan")  # results, which resume
 
@@ -234,15 +255,19 @@ class Seconds:
             log.warning("No CUDA GPU: a tiny model on the CPU, which says nothing about a GPU.")
             self.small = True
         size = TINY if self.small else A14B
-        results = Results(self.out / f"seconds-{collabvr.digest(card, self.small)[:8]}.jsonl")
+        path = self.out / f"seconds-{collabvr.digest(card, self.small)[:8]}.jsonl"
+        results = Results(path, self.minutes)
         rest = results.measure("rest", measure_rest, size)
         for name in self.row or ROWS:
             results.measure(name, measure_steps, name, size, self.steps)
-        rows = {k: v for k, v in results.rows.items() if k in ROWS}
+        rows = {name: results.rows[name] for name in ROWS if name in results.rows}
         title = f"{card}, PyTorch {torch.__version__}: {'a tiny model' if self.small else 'A14B'}"
         print(steps_table(title, rows, rest).text())
-        print(*(f"{k}: {v['error']}" for k, v in results.rows.items() if "error" in v), sep="\n")
-        return 0 if any("step" in v for v in rows.values()) else 1
+        if "decode" in rest:
+            print("Besides its steps, a clip takes {text:.3f} s for two prompts, {encode:.3f} s to "
+                  "encode and {decode:.3f} s to decode.".format(**rest))
+        results.print_errors()
+        return 0 if any("step" in x for x in rows.values()) else 1
 
 
 def steps_table(title: str, rows: dict[str, dict], rest: dict) -> Table:
@@ -267,18 +292,22 @@ def steps_table(title: str, rows: dict[str, dict], rest: dict) -> Table:
 class Results:
     """Rows in a file of JSON lines, by name. What was measured is not measured again."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, minutes: float = math.inf):
         self.path = path
+        self.end = time.perf_counter() + 60 * minutes
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        self.rows: dict[str, dict] = {x.pop("row"): x for x in lines}
+        self.rows: dict[str, dict] = {}
+        for _, x in read_lines(path):
+            self.rows[x.pop("row")] = x
 
     def measure(self, name: str, what, *args) -> dict:
         """The row of that name: what(*args), or an error in its place."""
         found = self.rows.get(name)
         if found and "error" not in found:
             return found
+        if time.perf_counter() > self.end:
+            return {"error": "the time was over"}
         log.info("---- %s", name)
         began = time.perf_counter()
         try:
@@ -292,6 +321,11 @@ class Results:
         with open(self.path, "a") as file:
             file.write(json.dumps({"row": name, **x}) + "\n")
         return x
+
+    def print_errors(self) -> None:
+        for name, x in self.rows.items():
+            if "error" in x:
+                print(f"{name}: {x['error']}")
 
 
 # ------------------------------------------------------------------------------
@@ -309,36 +343,25 @@ class Likeness:
     fps: int = 8
     sampling_steps: int = 12
     guidance_scale: float = 1.0
-    cache: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])  # thresholds
+    row: list[Literal[tuple(CHANGING)]] = field(default_factory=list)  # only these
     offload: Literal["none", "model", "group"] = "none"
     out: Path = Path("runs/measure-wan")  # results, which resume
 
     def run(self) -> int:
         """Makes the clips and prints the table. Raises Problem."""
         needed("skimage.metrics")
-        changing: dict[str, dict] = {
-            "compile": {"compile": True},
-            "8-bit weights": {"fp8": True},
-            "8-bit products": {"fp8_matmul": True},
-            "compile, 8-bit products": FAST,
-        }
-        for threshold in self.cache:
-            changing[f"cache {threshold:g}"] = {"cache_low": threshold}
-            changing[f"8-bit products, cache {threshold:g}"] = {
-                "fp8_matmul": True, "cache_low": threshold}
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         key = collabvr.digest(card, self.vgm, self.image, self.task, self.seconds, self.fps,
                               self.sampling_steps, self.guidance_scale, self.offload)
         results = Results(self.out / f"likeness-{key[:8]}.jsonl")
         self.plain: list[Clip] = []
-        self.plain_seconds = 0.0
-        for name, options in changing.items():
-            results.measure(name, self.compare, options)
+        for name in self.row or CHANGING:
+            results.measure(name, self.compare, CHANGING[name])
         rows = [[name, x.get("clips"), x.get("seconds"), x.get("skipped"), x.get("SSIM"),
                  x.get("least"), x.get("PSNR")] for name, x in results.rows.items()]
         print(Table(f"{self.vgm} on {card}, against the clips without options", [
             "", "clips", "s/clip", "skipped", "SSIM", "least SSIM", "PSNR, dB"], rows).text())
-        print(*(f"{k}: {v['error']}" for k, v in results.rows.items() if "error" in v), sep="\n")
+        results.print_errors()
         return 0 if any("SSIM" in x for x in results.rows.values()) else 1
 
     def compare(self, options: dict) -> dict:

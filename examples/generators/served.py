@@ -64,13 +64,14 @@ class Served:
     # more fields of the form, as a JSON object: {"flow_shift": 5}
     fields: Annotated[str, AfterValidator(collabvr.json_object)] = "{}"
     sync: bool = False  # one request waits for the clip (vLLM-Omni's /v1/videos/sync)
-    timeout: Annotated[float, Field(gt=0)] = 3600.0  # longest wait for one clip, in seconds
+    clip_timeout: Annotated[float, Field(gt=0)] = 3600.0  # longest wait for a clip, in seconds
     jobs: Path = Path("runs/jobs")  # folder of the ids of ordered jobs
 
     @property
     def identity(self) -> dict:
         """The settings that change the clips."""
-        return {**asdict(self), "url": None, "sync": None, "timeout": None, "jobs": None}
+        elsewhere = {"url": None, "sync": None, "clip_timeout": None, "jobs": None}
+        return {**asdict(self), **elsewhere}
 
     def check(self) -> None:
         """Raises Problem if no server answers within ten seconds, or if it serves another model."""
@@ -136,7 +137,7 @@ class Served:
 
     def at_once(self, form: dict, picture) -> Clip:
         """The answer to one request that waits for the clip."""
-        answer = self.send("POST", "videos/sync", self.timeout, **multipart(form, picture))
+        answer = self.send("POST", "videos/sync", self.clip_timeout, **multipart(form, picture))
         if answer.status_code == 500:
             raise RuntimeError(f"the server could not make the clip ({reason(answer)})")
         return decode(self.accepted(answer).content, form)
@@ -164,7 +165,7 @@ class Served:
         Raises Problem; RuntimeError if the job failed or is forgotten.
         """
         path = f"videos/{quote(job.read_text(), safe='')}"
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + self.clip_timeout
         with tqdm(total=100, bar_format=BAR, leave=False, disable=None) as bar:
             while time.monotonic() < end:
                 answer = self.send("GET", path)
@@ -183,8 +184,8 @@ class Served:
                 bar.n = progress if isinstance(progress, int) else 0
                 bar.set_postfix_str(status)
                 time.sleep(POLL)
-        raise Problem(f"{self.url} was not done in {self.timeout:g} s. The same command waits for "
-                      f"that job again, unless {job} is deleted.")
+        raise Problem(f"{self.url} was not done in {self.clip_timeout:g} s. The same command waits "
+                      f"for that job again, unless {job} is deleted.")
 
     def send(self, method: str, path: str, wait: float = 60, repeat: bool = True, **content):
         """The server's answer; each try may take `wait` seconds. Raises Problem.
@@ -194,7 +195,7 @@ class Served:
         this host.
         """
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-        timeout = httpx2.Timeout(min(wait, self.timeout), connect=min(wait, 8))
+        timeout = httpx2.Timeout(min(wait, self.clip_timeout), connect=min(wait, 8))
         pauses = PAUSES if repeat else ()
         for pause in (*pauses, None):
             try:
@@ -211,7 +212,7 @@ class Served:
                     return answer  # vLLM-Omni says with a 500 that a job failed
                 fault, asked = reason(answer), retry_after(answer)
             if pause is not None:
-                pause = min(asked or pause, self.timeout)
+                pause = min(asked or pause, self.clip_timeout)
                 log.warning("%s: %s; again in %.0f s", url, fault, pause)
                 time.sleep(pause)
         raise Problem(f"{url} gives no usable answer ({fault}).")
@@ -268,7 +269,8 @@ def reason(answer) -> str:
     error = found.get("error") or found.get("detail") or answer.text.strip()
     if isinstance(error, dict):
         error = error.get("message") or error
-    return f"{answer.status_code}: {error or answer.reason_phrase}".splitlines()[0][:400]
+    text = collabvr.clean(f"{answer.status_code}: {error or answer.reason_phrase}")
+    return text.splitlines()[0][:400]
 
 
 def retry_after(answer) -> float:

@@ -246,7 +246,8 @@ def test_a_server_with_several_api_processes_keeps_no_jobs_and_is_asked_in_one_r
 
 
 def test_what_changes_a_clip_is_the_identity_and_where_it_comes_from_is_not():
-    one, two = served.Served(), served.Served(url="http://x:1/v1", timeout=1, sync=True, jobs="y")
+    one, two = served.Served(), served.Served(
+        url="http://x:1/v1", clip_timeout=1, sync=True, jobs="y")
     assert one.identity == two.identity
     for other in ({"model": "x"}, {"fps": 8}, {"sampling_steps": 4}, {"guidance_scale": 1},
                   {"fields": '{"flow_shift": 3}'}):
@@ -328,7 +329,7 @@ def test_a_refused_job_stops_with_the_servers_words(server, vgm):
 def test_an_endless_job_ends_with_the_timeout_and_is_waited_for_again(server, vgm):
     done = threading.Event()
     server.make = lambda *args: done.wait() and painter(*args)
-    vgm.timeout = 0.3
+    vgm.clip_timeout = 0.3
     with pytest.raises(c.Problem, match="was not done in 0.3 s.*is deleted"):
         vgm(I0, "q", 1.0, 3)
     done.set()
@@ -337,7 +338,7 @@ def test_an_endless_job_ends_with_the_timeout_and_is_waited_for_again(server, vg
 
 @pytest.mark.parametrize("status", ["paused", "succeeded", None, 7])
 def test_an_unknown_status_is_no_success_and_no_endless_wait(server, vgm, status):
-    server.shown, vgm.timeout = lambda job: job | {"status": status}, 5
+    server.shown, vgm.clip_timeout = lambda job: job | {"status": status}, 5
     with pytest.raises(c.Problem, match=f"{server.url}/v1/videos/video_1 has .* no known status"):
         vgm(I0, "q", 1.0, 3)
     server.shown = lambda job: job
@@ -429,6 +430,7 @@ models.generate(np.full((48, 80, 3), 9, np.uint8), "q", 1.0)
 """], cwd=ROOT)
 
 
+@slow
 def test_kill_9_while_the_server_works_and_the_next_start_picks_the_job_up(server, tmp_path):
     done = threading.Event()
     server.make = lambda *args: done.wait() and painter(*args)
@@ -442,6 +444,7 @@ def test_kill_9_while_the_server_works_and_the_next_start_picks_the_job_up(serve
     assert len(server.posts) == 1 and len(list((tmp_path / "run" / "clips").iterdir())) == 1
 
 
+@slow
 def test_kill_9_between_download_and_journal_costs_a_download_and_no_second_job(server, tmp_path):
     killed = ("collabvr.write_file = lambda path, data: os.kill(os.getpid(), 9) if path.suffix == "
               "'.mkv' else write(path, data)")
@@ -544,11 +547,13 @@ def command(server, tmp_path, monkeypatch, capsys):
     (["--url", "ftp://x"], "a base URL starts with http"),
     (["--url", "http://me:word@x"], "has no user, password"),
     (["--fps", "0"], "greater than or equal to 1"), (["--fields", "[1]"], "not a JSON object"),
-    (["--timeout", "-1"], "greater than 0"), (["--speed", "9"], "--speed")])
-def test_settings_that_make_no_sense_are_refused_with_their_names(server, command, options, said):
+    (["--clip-timeout", "-1"], "greater than 0"), (["--speed", "9"], "--speed")])
+def test_settings_that_make_no_sense_are_refused_with_their_names(
+        server, command, options, said):
     status, error = command(*options)
     assert status == 2 and said in " ".join(error.replace("│", " ").split())
-    assert options[0] in error and "Traceback" not in error and not server.asked
+    field = options[0].removeprefix("--").replace("-", "_")
+    assert field in error and "Traceback" not in error and not server.asked
 
 
 @pytest.mark.parametrize("options, said", [
@@ -560,6 +565,7 @@ def test_a_wrong_server_is_one_sentence_and_status_2(server, command, tmp_path, 
     assert not server.posts and not (tmp_path / "runs").exists()
 
 
+@slow
 def test_the_module_is_a_command_with_help_for_its_options():
     done = subprocess.run([sys.executable, "-m", "examples.generators.served", "--help"],
                           cwd=ROOT, capture_output=True, text=True, check=True)
@@ -571,6 +577,7 @@ def test_the_module_is_a_command_with_help_for_its_options():
 # The maze
 
 
+@slow
 def test_a_served_clip_is_the_local_one_but_for_the_colours_of_neighbours(server, vgm):
     server.make, maze = c.Wan(**TINY_WAN), world.make(6, 3, np.random.default_rng([2026, 4]))
     I0, prompt = world.draw(maze), "Move the blue circle right 2 cells."

@@ -2,11 +2,10 @@
 asked for, so a stand-in takes its place."""
 
 import importlib.machinery
-import json
+import os
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -15,11 +14,8 @@ import tokenizers
 import torch
 import transformers as hf
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-import cosmos
-
 import collabvr as c
+from examples.generators import cosmos
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
 
@@ -73,6 +69,9 @@ def save_tiny(folder):
     pipe.save_pretrained(folder)
 
 
+slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cosmos")
@@ -104,11 +103,12 @@ def packages(monkeypatch):
         monkeypatch.setitem(sys.modules, name, stub)
 
 
+@slow
 def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
         folder, packages, monkeypatch):
     monkeypatch.setattr(cosmos, "AREA", 96 * 64)
     vgm = cosmos.Cosmos(vgm=folder, sampling_steps=2)
-    vgm.check(0.5)
+    vgm.check()
     one, two, other = (vgm(FRAME, "Move the ball.", 0.5, seed) for seed in (5, 5, 6))
     assert one.frames.shape == (9, 64, 96, 3) and one.frames.dtype == np.uint8
     assert (one.fps, one.seconds) == (16, 0.5)
@@ -117,6 +117,7 @@ def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
     assert asked[:2] == ["Move the ball.", (9, 64, 96, 3)]
 
 
+@slow
 def test_what_the_guardrail_refuses_is_a_failed_generation_that_says_so(
         folder, packages, monkeypatch):
     monkeypatch.setattr(cosmos, "AREA", 96 * 64)
@@ -141,29 +142,38 @@ def test_any_picture_becomes_one_of_480p_and_a_frame_of_such_a_clip_keeps_its_si
 def test_a_missing_package_gets_one_sentence(packages, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(c.Problem, match=f"^{missing} is needed: pip install cosmos"):
-        cosmos.Cosmos().check(5)
+        cosmos.Cosmos().check()
 
 
 def test_without_a_gpu_the_big_checkpoint_is_refused(packages, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(c.Problem, match="needs a CUDA GPU"):
-        cosmos.Cosmos().check(5)
+        cosmos.Cosmos().check()
 
 
+@slow
 def test_weights_come_from_safetensors_only(folder, packages, tmp_path):
     broken = shutil.copytree(folder, tmp_path / "cosmos")
     (broken / "vae" / "diffusion_pytorch_model.safetensors").rename(
         broken / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(c.Problem, match="cannot be loaded"):
-        cosmos.Cosmos(vgm=str(broken)).check(5)
+        _ = cosmos.Cosmos(vgm=str(broken)).pipe
 
 
-def test_it_is_a_generator_of_the_command_line_and_its_defaults_are_the_papers(folder, packages):
-    wanted = c.Wan(f"{HERE / 'cosmos.py'}:Cosmos")
-    vgm = c.load_generator(wanted, {"vgm": folder, "sampling_steps": "2"})
-    vgm.check(5)
-    assert vgm.identity["is"]["vgm"] == folder and vgm.identity["name"] == "Cosmos"
+def test_the_settings_that_change_a_clip_are_its_identity():
     default = cosmos.Cosmos()
-    assert default.fps == 16 and json.dumps(default.identity)
-    with pytest.raises(c.Problem, match="sampling_steps"):
-        c.load_generator(wanted, {"sampling_steps": "none"})
+    assert (default.fps, default.sampling_steps, default.guidance_scale) == (16, 36, 7)
+    assert default.identity == cosmos.Cosmos(offload="group").identity
+    assert default.identity != cosmos.Cosmos(revision="other").identity
+    with pytest.raises(ValueError, match="sampling_steps"):
+        cosmos.Cosmos(sampling_steps=0)
+
+
+def test_on_the_command_line_a_missing_package_stops_before_anything_is_paid_for(
+        packages, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    c.write_file(tmp_path / "x.png", c.iio.imwrite("<bytes>", FRAME, extension=".png"))
+    options = ["--image", "x.png", "--task", "q", "--seconds-first", "5", "--seconds-next", "5"]
+    assert c.main(cosmos.Cosmos, options) == 2
+    assert "torchvision is needed: pip install cosmos" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 once and kept in the user's cache folder. Delete that folder to make them anew."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,3 +79,13 @@ def answers(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
+
+
+def call(command: list) -> None:
+    """Runs a command, which must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+def delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

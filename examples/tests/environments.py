@@ -1,0 +1,91 @@
+"""Servers whose packages do not get along with our pins: each has an environment of its own, made
+once and kept in the user's cache folder. Delete that folder to make them anew."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import pytest
+
+import collabvr as c
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "collabvr-tests")
+
+
+def environment(name: str, *installs: str, patch=None) -> Path:
+    """The folder of an environment in which `pip install` was called with these arguments, a call
+    each. patch(site_packages) is called last. Skips the test if it cannot be made."""
+    folder = CACHE / f"{name}-{c.digest(*installs)[:8]}"
+    done = folder / "done"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if done.exists():
+            return folder
+        commands = [f"{sys.executable} -m venv --clear {folder}"]
+        commands += [f"{folder}/bin/python -m pip install --quiet {each}" for each in installs]
+        for command in commands:
+            made = subprocess.run(command.split(), capture_output=True, text=True)
+            if made.returncode:
+                why = (made.stderr or made.stdout).strip().splitlines() or ["no reason given"]
+                pytest.skip(f"{name} cannot be installed: {why[-1][:300]}")
+        if patch:
+            patch(next(folder.glob("lib/python3*/site-packages")))
+        done.touch()
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def started(command: list, url: str, log: Path, seconds: float, **environ: str):
+    """A server that is up while the block runs: `url` answers. It is ended with all its children.
+    """
+    with open(log, "wb") as file:
+        server = subprocess.Popen(
+            [str(word) for word in command], stdout=file, stderr=subprocess.STDOUT, cwd=log.parent,
+            env=os.environ | environ, start_new_session=True)
+    try:
+        end = time.monotonic() + seconds
+        while not answers(url):
+            running = server.poll() is None and time.monotonic() < end
+            assert running, f"the server is not up:\n{log.read_text(errors='replace')[-4000:]}"
+            time.sleep(0.5)
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def call(command: list) -> None:
+    """Runs a command, which must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+def delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -582,6 +582,7 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
 
 
 if __name__ == "__main__":
-    from examples.bench.run import main  # so that Ray's workers find the classes by that name
+    # under that name Ray's workers find the classes
+    from examples.bench.run import main
 
     sys.exit(main())

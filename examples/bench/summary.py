@@ -27,7 +27,16 @@ from pydantic import FiniteFloat, TypeAdapter
 
 import collabvr
 from collabvr import Problem, explained, write_file
-from examples.common import Run, Table, command, inside, load_run, needed, paired, read_lines
+from examples.common import (
+    Run,
+    Table,
+    command,
+    inside,
+    load_run,
+    needed,
+    paired,
+    read_lines,
+)
 
 MEASURES = {  # of a sample, and what they are called
     "video": "video",  # shares are 0 or 1

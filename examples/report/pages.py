@@ -19,7 +19,8 @@ from examples.report import index, markup
 from examples.report import page as page_of
 from examples.report.index import Row
 
-SOURCES = [collabvr, common, index, markup, page_of, rule, world]  # a page is made anew when one of them changes
+# a page is made anew when one of them changes
+SOURCES = [collabvr, common, index, markup, page_of, rule, world]
 
 
 def write(folder: Path, out: Path | None = None) -> Path:

@@ -858,7 +858,7 @@ def test_models_serve_one_run(tmp_path):
 
 def test_memory_grows_by_the_joined_frames(tmp_path, unsynced):
     """And a step costs as much at the end as at the beginning."""
-    steps, marks = 120, []
+    steps, marks = 60, []
 
     def planner(parts, schema):
         marks.append((time.process_time(), tracemalloc.get_traced_memory()[0]))
@@ -876,8 +876,8 @@ def test_memory_grows_by_the_joined_frames(tmp_path, unsynced):
         tracemalloc.stop()
     assert models.cost()["clips"] == steps and len(marks) == steps
     clip = 17 * 64 * 64 * 3
-    assert marks[-1][1] - marks[30][1] < 1.2 * clip * (steps - 31)
-    early, late = (marks[end][0] - marks[begin][0] for begin, end in ((20, 60), (79, 119)))
+    assert marks[-1][1] - marks[20][1] < 1.2 * clip * (steps - 21)
+    early, late = (marks[end][0] - marks[begin][0] for begin, end in ((10, 30), (39, 59)))
     assert late < 1.5 * early + 0.2
 
 
@@ -2801,15 +2801,15 @@ MOVE = "Move the red circle right 2 cells."
 
 @pytest.fixture(scope="module")
 def wan():
-    return c.Wan(vgm=str(TINY_WAN), fps=8, sampling_steps=12, guidance_scale=1.0)
+    return c.Wan(vgm=str(TINY_WAN), fps=8, sampling_steps=2, guidance_scale=1.0)
 
 
 def test_tiny_wan_is_repeatable(wan):
     """The same clip from the same seed, bit for bit; another from another."""
     frame = np.full((64, 64, 3), 200, np.uint8)
-    one, two, other = (wan(frame, MOVE, 2.0, seed) for seed in (5, 5, 6))
-    assert one.frames.shape == (17, 64, 64, 3) and one.frames.dtype == np.uint8
-    assert one.seconds == 2
+    one, two, other = (wan(frame, MOVE, 1.0, seed) for seed in (5, 5, 6))
+    assert one.frames.shape == (9, 64, 64, 3) and one.frames.dtype == np.uint8
+    assert one.seconds == 1
     assert (one.frames == two.frames).all() and (one.frames != other.frames).any()
 
 
@@ -3100,6 +3100,7 @@ def test_the_readmes_example_runs(tmp_path):
     assert "complete" in done.stdout and list(tmp_path.rglob("video.mp4"))
 
 
+@slow
 def test_the_offline_run_ends_in_a_verified_video(tmp_path):
     """The README's first command."""
     done = subprocess.run(

@@ -31,7 +31,7 @@ class FastWan(Wan):
     in the first steps. `transformer_2` is the low-noise one. An only expert counts as low-noise."""
 
     fp8: bool = False  # store the blocks' weights in 8 bits: half of bf16's memory
-    fp8_matmul: bool = False  # and multiply in 8 bits: Ada, Hopper or a newer GPU
+    fp8_matmul: bool = False  # and multiply in 8 bits: Ada, Hopper or newer; pays with compile only
     compile: bool = False  # compile the blocks, while the first clip of each length is made
     # attention backend, a name of diffusers; auto: FlashAttention 3 if installed, else PyTorch's
     attention: str = "auto"

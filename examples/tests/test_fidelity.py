@@ -74,6 +74,7 @@ def test_more_clips_of_the_same_folder_pay_for_the_new_ones_only(world, capsys):
 
 
 def test_what_is_missing_gets_one_sentence(world, capsys, monkeypatch):
+    pytest.importorskip("skimage")
     (world / "none").mkdir()
     assert measure(world, Keeps, "--images", f"{world}/none") == 2
     assert "none" in capsys.readouterr().err
@@ -93,6 +94,7 @@ def test_every_generator_is_a_subcommand_with_its_options(name, capsys):
 
 
 def test_a_generator_that_cannot_work_is_one_sentence(world, capsys):
+    pytest.importorskip("skimage")
     argv = ["served", "--images", f"{world}/pictures", "--url", "http://127.0.0.1:1"]
     assert fidelity.main(None, argv) == 2
     error = capsys.readouterr().err

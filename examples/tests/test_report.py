@@ -565,7 +565,10 @@ def test_interruption_ends_with_130_and_a_sentence(tmp_path, number):
     """Of the whole program, while it writes pages."""
     for i in range(40):
         shutil.copytree(tmp_path / "0", tmp_path / str(i)) if i else two_steps(tmp_path / "0")
-    program = subprocess.Popen([sys.executable, "-m", "examples.report", str(tmp_path)],
+    code = ("import signal, sys; from examples.report.__main__ import main\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs ignore it\n"
+            "sys.exit(main())")
+    program = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)],
                                stderr=subprocess.PIPE, text=True, cwd=ROOT)
     end = time.monotonic() + 30
     while not list(tmp_path.glob("report/*.html")) and time.monotonic() < end:

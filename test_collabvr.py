@@ -2816,6 +2816,7 @@ def test_tiny_wan_is_repeatable(wan):
     assert (one.frames == two.frames).all() and (one.frames != other.frames).any()
 
 
+@slow
 def test_frames_per_clip_are_4_k_plus_1(wan):
     """As Wan makes them. [D8]"""
     frame = np.full((64, 80, 3), 200, np.uint8)

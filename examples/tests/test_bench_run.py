@@ -426,6 +426,7 @@ def wait_for(process, condition, limit=300):
         time.sleep(0.05)
 
 
+@slow
 def test_after_kill_interrupt_and_term_the_command_goes_on(tmp_path):
     """And nothing is paid for twice but the call under way."""
     data = write_jsonl(tmp_path / "data", 8)

@@ -296,6 +296,7 @@ def test_a_post_is_repeated_while_nobody_listens(vgm, caplog):
     assert caplog.text.count("again in") == 6
 
 
+@slow
 @pytest.mark.parametrize("status, header", [(429, "1"), (503, "date")])
 def test_a_busy_server_gets_the_job_when_it_said_it_would(server, vgm, status, header):
     value = formatdate(time.time() + 2, usegmt=True) if header == "date" else header

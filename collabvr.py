@@ -33,6 +33,7 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -747,8 +748,8 @@ def parse(text: str) -> Any:
     return jiter.from_json(text.encode(), catch_duplicate_keys=True, allow_inf_nan=False)
 
 
-def every_fault(error: ValueError) -> str:
-    """All that is wrong with a reply, in one line."""
+def every_fault(error: Exception) -> str:
+    """All that is wrong with a reply, or with a file, in one line."""
     if not isinstance(error, ValidationError):
         return first_line(error)
     faults = [": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors()]
@@ -779,8 +780,12 @@ def base_url(url: str) -> str:
 
 
 def json_object(text: str) -> str:
-    if type(parse(text)) is not dict:
-        raise ValueError("not a JSON object")
+    try:
+        found = parse(text)
+    except ValueError:
+        found = None
+    if type(found) is not dict:
+        raise ValueError('not a JSON object, such as {"top_k": 20}')
     return text
 
 
@@ -810,6 +815,10 @@ class OpenAIVLM:
     @property
     def host(self) -> str:
         return urlsplit(self.vlm_url).netloc
+
+    def check(self) -> None:
+        """Raises Problem if there is no key where one is needed."""
+        self.client  # noqa: B018
 
     @cached_property
     def client(self):
@@ -1085,7 +1094,7 @@ UPRIGHT = {  # what turns a picture upright, by its EXIF orientation
 def load_image(path: str | Path) -> np.ndarray:
     """A picture as uint8 RGB (H, W, 3), upright, transparency on white. Raises Problem."""
     if not Path(path).is_file():
-        raise Problem(f"{path}: there is no such file.")
+        raise Problem(f"{path}: there is no file of this name.")
     unreadable = f"{path} cannot be read as a picture; convert it to PNG or JPEG"
     with explained(unreadable, Exception), Image.open(path) as image:
         width, height = image.size
@@ -1137,6 +1146,9 @@ def read_lossless(data: bytes) -> np.ndarray:
 # The run folder: what was paid for is kept, and a run that was interrupted goes on
 
 
+ANOTHER = "choose another folder (--out)"
+
+
 class RecordedModels(Models):
     """Models that write each call into a folder, and never make one that the folder answers.
 
@@ -1152,8 +1164,10 @@ class RecordedModels(Models):
         self.facts: dict = {}  # more entries for start.json and trace.json; set before the run
         (self.folder / "clips").mkdir(parents=True, exist_ok=True)
         for path in [*self.folder.iterdir(), *(self.folder / "clips").iterdir()]:
-            if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:  # to anywhere
-                raise Problem(f"{path} is a link: choose another folder.")
+            kind = path.lstat()
+            ordinary = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
+            if not ordinary and not stat.S_ISDIR(kind.st_mode):  # a link may lead anywhere
+                raise Problem(f"{path} is a link, or no ordinary file: {ANOTHER}.")
         lock = self.folder.resolve() / "lock"
         self.lock = filelock.FileLock(lock, is_singleton=True)  # this process may open it twice
         with explained(f"{self.folder} is in use by another run", filelock.Timeout):
@@ -1173,11 +1187,11 @@ class RecordedModels(Models):
         calls = []
         for number, line in enumerate(whole.split(b"\n"), 1):
             if line.strip():
-                with explained(f"{path}, line {number} is damaged; delete it or choose another "
-                               "folder", ValueError):
+                with explained(f"{path}, line {number} is damaged: delete the line, and its call "
+                               f"is made again, or {ANOTHER}", ValueError):
                     calls.append(Call.model_validate_json(line))
         if torn and not torn.startswith(b"{"):
-            raise Problem(f"{path} does not end with a call: choose another folder.")
+            raise Problem(f"{path} does not end with a call: {ANOTHER}.")
         if torn:
             os.truncate(path, len(whole + newline))
         return calls
@@ -1187,8 +1201,11 @@ class RecordedModels(Models):
         I0 = super().begin(I0, q)
         start = self.folder / "start.json"
         self.facts = {"input": digest(I0, q), "task": q, **self.facts}
-        if start.exists() and self.facts["input"] not in start.read_text(errors="replace"):
-            raise Problem(f"{self.folder} is a run with another picture or task: choose another.")
+        if start.exists():
+            with explained(f"{start} is damaged: {ANOTHER}", ValueError, TypeError, KeyError):
+                recorded = json.loads(start.read_bytes())["input"]
+            if recorded != self.facts["input"]:
+                raise Problem(f"{self.folder} is a run with another picture or task: {ANOTHER}.")
         write_file(start, to_json(self.facts))
         write_file(self.folder / "input.png", iio.imwrite("<bytes>", I0, extension=".png"))
         return I0
@@ -1201,6 +1218,7 @@ class RecordedModels(Models):
             if clip is not None or call.error:
                 log.info("step %d: vgm: attempt %d, seed %d: recorded", t, j, seed)
                 return call.model_copy(update={"t": t, "j": j}), clip
+            log.warning("%s is missing, or has changed: it is made again", call.clip)
         call, clip = super().call_vgm(t, j, frame, prompt, seconds, seed)
         call.request = request
         if clip is not None:
@@ -1230,7 +1248,8 @@ class RecordedModels(Models):
     def write(self, call: Call) -> Call:
         """Append a finished call to calls.jsonl. Returns it as it was written, without secrets."""
         line = to_json(call.model_dump(exclude_none=True), indent=None)
-        with open(self.folder / "calls.jsonl", "ab") as file:
+        path = self.folder / "calls.jsonl"
+        with explained(f"{path} cannot be written", OSError), open(path, "ab") as file:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -1319,8 +1338,11 @@ def to_json(value, indent: int | None = 2) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """All of it or nothing, also if the power goes; a link is replaced. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+    """All of it or nothing, also if the power goes; a link is replaced. Raises Problem."""
+    with (
+        explained(f"{path} cannot be written", OSError),
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file,
+    ):
         try:
             file.write(data)
             file.flush()
@@ -1340,7 +1362,7 @@ def explained(what: str, *errors: type[Exception]):
     except Problem:
         raise
     except errors as error:
-        raise Problem(f"{what} ({first_line(error)}).") from error
+        raise Problem(f"{what} ({every_fault(error)}).") from error
 
 
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSW", re.IGNORECASE)  # in a variable's name
@@ -1355,7 +1377,7 @@ def clean(text: str) -> str:
             for spelling in (secret, json.dumps(secret)[1:-1]):  # as it is, and in JSON
                 text = text.replace(spelling, "***")
     return "".join(
-        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}"
+        character if character.isprintable() or character == "\n" else "\ufffd"
         for character in text)
 
 
@@ -1374,7 +1396,7 @@ class Command(Generic[VGM]):
     config: Config
     vlm: OpenAIVLM
     vgm: VGM
-    out: Path | None = None  # run folder, which resumes (default: runs/IMAGE-HASH)
+    out: Path | None = None  # run folder, which resumes; None: runs/IMAGE-HASH
     seed: int = 0  # seed of the first clip; later ones count up
 
     def prepare(self) -> tuple[RecordedModels, np.ndarray]:
@@ -1393,9 +1415,7 @@ class Command(Generic[VGM]):
             name = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
             out = Path("runs", f"{name}-{request[:8]}")
         if not (out / "calls.jsonl").exists():
-            check = getattr(self.vgm, "check", None)
-            if check is not None:
-                check()
+            check(self.vlm, self.vgm)
             log.info("%s will see the pictures.", self.vlm.host)
             log.info("At worst: %d clips, %.1f s of generated video, %d VLM calls. Failed calls "
                      "come on top.", *self.config.worst_case())
@@ -1410,6 +1430,18 @@ class Command(Generic[VGM]):
             values.update(asdict(self.vgm))  # type: ignore[arg-type]
         values["request_extra"] = json.dumps(masked(parse(self.vlm.request_extra)))
         return masked(values)
+
+
+def check(*models) -> None:
+    """Raises Problem with all that would stop their first calls, as far as their `check` knows."""
+    problems = []
+    for model in models:
+        try:
+            getattr(model, "check", lambda: None)()
+        except Problem as problem:
+            problems.append(str(problem))
+    if problems:
+        raise Problem(" ".join(problems))
 
 
 def masked(values: dict) -> dict:

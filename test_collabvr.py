@@ -1284,7 +1284,7 @@ def test_more_than_8_bits_are_refused(values, name, tmp_path):
 
 
 @pytest.mark.parametrize("name, data, told", [
-    ("nowhere.png", None, "there is no such file"), ("x.txt", b"hello", "convert it to PNG"),
+    ("nowhere.png", None, "there is no file of this name"), ("x.txt", b"hello", "convert it to PNG"),
     ("x.svg", b"<svg/>", "convert it to PNG"), ("empty.png", b"", "convert it to PNG"),
     ("cut.png", "half", "convert it to PNG")])
 def test_what_is_no_picture_is_told_so(name, data, told, tmp_path):
@@ -1496,6 +1496,15 @@ def test_a_hard_link_in_a_folder_is_refused(tmp_path):
     os.link(outside, tmp_path / "run" / "calls.jsonl")
     with pytest.raises(c.Problem, match="is a link"):
         c.RecordedModels(None, None, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["calls.jsonl", "start.json", "lock", "clips/001.mkv"])
+def test_a_pipe_in_a_folder_is_refused(tmp_path, name):
+    """Whoever opens one waits for ever."""
+    (tmp_path / "clips").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(c.Problem, match="no ordinary file: choose another folder"):
+        c.RecordedModels(None, None, tmp_path)
 
 
 @pytest.mark.parametrize("torn", [1, 10, 100])
@@ -1784,7 +1793,7 @@ def test_a_damaged_file_is_not_touched(tmp_path):
 def test_a_line_that_is_none_gets_a_sentence(tmp_path, line):
     """With the file and the line's number."""
     (tmp_path / "calls.jsonl").write_bytes(b"\n" + line + b"\n")
-    with pytest.raises(c.Problem, match=r"calls\.jsonl, line 2 is damaged; delete it or"):
+    with pytest.raises(c.Problem, match=r"calls\.jsonl, line 2 is damaged: delete the line"):
         c.RecordedModels(None, None, tmp_path)
 
 
@@ -1814,12 +1823,14 @@ def test_a_hand_edited_line_counts_as_not_there(tmp_path, number, change):
     assert outcome(go(folder=tmp_path)) == outcome(run)
 
 
-def test_a_start_that_is_no_json_is_another_run(tmp_path):
-    """Whatever stands in it."""
+@pytest.mark.parametrize("damage", [b"\xff[", b"", b"[]", b"{}", b"7"])
+def test_a_damaged_start_gets_a_sentence(tmp_path, damage):
+    """Whatever stands in it. The file stays as it is."""
     go(plan(), accept(), folder=tmp_path)
-    (tmp_path / "start.json").write_bytes(b"\xff[")
-    with pytest.raises(c.Problem, match="another picture or task"):
+    (tmp_path / "start.json").write_bytes(damage)
+    with pytest.raises(c.Problem, match=r"start\.json is damaged: choose another folder"):
         go(folder=tmp_path)
+    assert (tmp_path / "start.json").read_bytes() == damage
 
 
 def test_an_error_of_any_text_can_be_recorded(tmp_path):
@@ -2416,7 +2427,7 @@ XT = ["--image", "X", "--task", "t"]  # X becomes the picture
 
 @pytest.mark.parametrize("argv, told", [
     (["--task", "t"], "--image"),
-    (["--image", "nowhere.png", "--task", "t"], "nowhere.png: there is no such file"),
+    (["--image", "nowhere.png", "--task", "t"], "nowhere.png: there is no file of this name"),
     (["--image", __file__, "--task", "t"], "cannot be read as a picture"),
     (["--image", "X", "--task", "  "], "task is empty"),
     (["--image", "X", "--task", "move \udcff"], "no valid text"),
@@ -2439,7 +2450,7 @@ def test_bad_input_is_told_so(argv, told, job, capsys, picture, tmp_path, monkey
     out = ["--out", tmp_path / "out"] if "X" in argv else []
     sentence = refused(capsys, [picture if word == "X" else word for word in argv] + out)
     assert told in sentence and "secret" not in sentence and not MADE
-    assert not list(tmp_path.glob("out/*.*l*")), "neither a call nor a clip"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv, told", [
@@ -2466,6 +2477,8 @@ def test_a_generator_that_cannot_work_says_so(job, capsys):
         assert "Its server is not there." in refused(
             capsys, [*job, "--vlm-url", endpoint.url], Broken)
     assert not endpoint.requests
+    both = refused(capsys, job, Broken)
+    assert "No API key" in both and "Its server is not there." in both
 
 
 def test_a_missing_endpoint_is_told_so(job, capsys, naps):
@@ -2645,6 +2658,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence(job, tmp_path):
         status, _, err = ended(process(tmp_path, argv, DISK="5000"))
         assert status == 1 and "Traceback" not in err, err
         assert "File too large" in err and "same command goes on" in err
+        assert re.search(r"clips.001\.mkv cannot be written \(.+\)\. What was paid", err)
         assert not list((tmp_path / "out").rglob("*.m[pk][4v]"))
         assert go_on(tmp_path, argv) == 0
     assert len(endpoint.requests) == 2, "the plan was safe"

@@ -404,9 +404,7 @@ class Runner:
         logging.getLogger("collabvr").setLevel(logging.WARNING)  # a bar is shown, not every call
         self.benchmark = benchmark
         self.turn = threading.Lock()
-        check = getattr(benchmark.options.vgm, "check", None)
-        if check is not None:
-            check()
+        collabvr.check(benchmark.options.vlm, benchmark.options.vgm)
 
     def __getstate__(self):
         return {"benchmark": self.benchmark}
@@ -488,7 +486,7 @@ class Runner:
     def failed(self, job: Job, error: str, whole: str = "") -> Done:
         """Writes down what went wrong and, with --fill-failed, puts a still video in its place."""
         folder = self.benchmark.folder(job)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Problem):
             folder.mkdir(parents=True, exist_ok=True)
             text = collabvr.clean(f"{job.id}: {error}\n{whole}")
             collabvr.write_file(folder / "failed.txt", text.encode())

@@ -1284,7 +1284,8 @@ def test_more_than_8_bits_are_refused(values, name, tmp_path):
 
 
 @pytest.mark.parametrize("name, data, told", [
-    ("nowhere.png", None, "there is no file of this name"), ("x.txt", b"hello", "convert it to PNG"),
+    ("nowhere.png", None, "there is no file of this name"),
+    ("x.txt", b"hello", "convert it to PNG"),
     ("x.svg", b"<svg/>", "convert it to PNG"), ("empty.png", b"", "convert it to PNG"),
     ("cut.png", "half", "convert it to PNG")])
 def test_what_is_no_picture_is_told_so(name, data, told, tmp_path):

@@ -404,7 +404,7 @@ class Runner:
         logging.getLogger("collabvr").setLevel(logging.WARNING)  # a bar is shown, not every call
         self.benchmark = benchmark
         self.turn = threading.Lock()
-        collabvr.check(benchmark.options.vlm, benchmark.options.vgm)
+        collabvr.check(benchmark.options.vgm)
 
     def __getstate__(self):
         return {"benchmark": self.benchmark}

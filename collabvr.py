@@ -818,7 +818,7 @@ class OpenAIVLM:
 
     def check(self) -> None:
         """Raises Problem if there is no key where one is needed."""
-        self.client  # noqa: B018
+        _ = self.client
 
     @cached_property
     def client(self):

@@ -4,6 +4,7 @@ import importlib.machinery
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -316,3 +317,11 @@ def test_the_guard_leaves_the_signal_as_it_was():
     before = signal.getsignal(signal.SIGTERM)
     assert common.guarded(lambda: 0) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_readme_holds_a_placeholder():
+    """A word in capitals alone in a cell, where a figure should be; the first column has names."""
+    for file in [ROOT / "README.md", *ROOT.glob("examples/**/README.md")]:
+        text = file.read_text()
+        assert re.findall(r"\S \| ([A-Z_]{3,})(?= \|)", text) == [], file
+        assert re.findall(r"\b(SAME_ROWS|TODO|TBD|XXX)\b", text) == [], file

@@ -493,7 +493,8 @@ def test_playlist_as_a_clip_is_not_followed(foreign, secret, name, list_of_files
 
 @pytest.mark.parametrize("name, target", [
     ("input.png", "picture.png"), ("video.mp4", "video.mp4"), ("video.mp4", "text"),
-    ("clips/001.mkv", "clip.mkv"), ("clips", ""), ("trace.json", "text"), ("start.json", "text")])
+    ("clips/001.mkv", "clip.mkv"), ("clips", ""), ("trace.json", "text"), ("start.json", "text"),
+    ("calls.jsonl", "text")])
 def test_link_out_of_the_folder_is_not_followed(foreign, secret, name, target):
     """The page says so, and the index shows nothing of it either."""
     (secret / "001.mkv").write_bytes((secret / "clip.mkv").read_bytes())

@@ -553,6 +553,17 @@ def test_a_page_that_is_a_link_is_replaced(foreign, secret):
     assert not [page for page in root.rglob("*.html") if page.is_symlink()]
 
 
+def test_no_page_that_came_along_is_kept_elsewhere(foreign, tmp_path):
+    """One with the right mark may hold anything. Beside its index it counts as made."""
+    pages.write(foreign.parent)
+    file = foreign.parent / "report" / "x.html"
+    file.write_text(file.read_text() + "a strange page")
+    pages.write(foreign.parent)
+    assert "a strange page" in file.read_text()
+    pages.write(foreign.parent, tmp_path / "new.html")
+    assert "a strange page" not in (tmp_path / "new" / "x.html").read_text()
+
+
 @pytest.mark.parametrize("change", [
     {"task": None}, {"task": 7}, {"score": "best"}, {"score": None}, {"score": float("nan")},
     {"score": [1]}])

@@ -7,6 +7,8 @@ import contextlib
 import importlib
 import io
 import json
+import math
+import os
 import signal
 import sys
 import threading
@@ -129,6 +131,7 @@ STATUS = {  # of a run, from good to bad
     "fallback": Status("fallback", "fair", "One clip for the whole task, which nothing checked."),
     "best_attempt": Status("nothing accepted", "bad", "The video is the best rejected attempt."),
     "unfinished": Status("unfinished", "dim", "No result yet; the same command goes on from here."),
+    "unanswered": Status("no call was answered yet", "dim", "The same command tries it again."),
     "failed": Status("failed", "bad", "The last call failed; the same command tries it again."),
     "unreadable": Status("unreadable", "bad", "The folder is damaged."),
 }
@@ -255,10 +258,17 @@ def load_run(folder: Path, root: Path | None = None) -> Run:
             for line in lines:
                 if line.strip():
                     calls.append(collabvr.Call.model_validate(json.loads(line)))
-            fault = calls and (calls[-1].error or calls[-1].fault)
-            if fault:
-                status, notes = "failed", [f"{calls[-1].role}: {fault}"]
-        return Run(folder, status, notes, calls, start | trace)
+            if not calls:
+                status = "unanswered"
+            elif calls[-1].error or calls[-1].fault:
+                status = "failed"
+                notes.append(f"{calls[-1].role}: {calls[-1].error or calls[-1].fault}")
+        facts = start | trace
+        if not isinstance(facts.get("task", ""), str):
+            raise TypeError("the task is no text")
+        if not math.isfinite(facts.get("score", 0)):  # TypeError: it is no number
+            raise ValueError("the score is no number")
+        return Run(folder, status, notes, calls, facts)
 
 
 # ------------------------------------------------------------------------------
@@ -271,14 +281,43 @@ def needed(name: str):
         return importlib.import_module(name)
 
 
-def guarded(prog: str, action: Callable[[], int]) -> int:
+def program() -> str:
+    """What the user typed: `python -m examples.report`, or `python mine.py`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+class Output:
+    """Standard output. That nobody reads it, or that it has no room, does not spoil the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # no file name stops a print
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what is still to come goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def guarded(action: Callable[[], int]) -> int:
     """The exit status of action(); after a Problem 2, and 130 after SIGINT or SIGTERM, each with
     a sentence on stderr."""
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # they do not fit tyro's box
     ours = threading.current_thread() is threading.main_thread()
     if ours:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return action()
+        with contextlib.redirect_stdout(Output(sys.stdout or io.StringIO())):
+            return action()
     except SystemExit as end:  # of tyro, which has said what is wrong; or --help
         return int(end.code or 0)
     except KeyboardInterrupt:
@@ -288,16 +327,16 @@ def guarded(prog: str, action: Callable[[], int]) -> int:
     finally:
         if ours:
             signal.signal(signal.SIGTERM, before)
-    print(f"{prog}: {collabvr.clean(sentence)}", file=sys.stderr)
+    print(collabvr.clean(f"{program()}: {sentence}"), file=sys.stderr)
     return status
 
 
-def command(prog: str, doc: str, kinds: type | dict[str, type], argv: list[str] | None) -> int:
+def command(doc: str | None, kinds: type | dict[str, type], argv: list[str] | None) -> int:
     """A guarded command line. A dataclass is its options, and has a run() -> exit status; a dict
     holds one for each subcommand."""
     import tyro
     how: dict = {
-        "prog": prog, "description": doc, "args": argv,
+        "prog": program(), "description": doc, "args": argv,
         "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     }
 
@@ -306,4 +345,4 @@ def command(prog: str, doc: str, kinds: type | dict[str, type], argv: list[str] 
             return tyro.extras.subcommand_cli_from_dict(kinds, **how).run()
         return tyro.cli(kinds, **how).run()
 
-    return guarded(prog, action)
+    return guarded(action)

@@ -53,7 +53,7 @@ from collabvr import (
 )
 from examples.baselines import METHODS
 from examples.bench.samples import Sample, places, samples
-from examples.common import guarded, needed, read_json, read_lines, write_lines
+from examples.common import guarded, needed, program, read_json, read_lines, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS = {  # those that --generator names, imported when one is asked for
@@ -537,7 +537,7 @@ def main(
             raise Problem(f"--method is {name}: expected is one of {', '.join(methods)}.")
         return Benchmark(options, name, methods[name]).run()
 
-    return guarded("bench", action)
+    return guarded(action)
 
 
 @dataclass
@@ -571,7 +571,7 @@ def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
         vgm = getattr(importlib.import_module(module), name)
     fields = vgm if is_dataclass(vgm) else NoOptions
     check_names(kind, Config, vlm, fields)
-    options = tyro.cli(kind[fields, vlm], args=argv, prog="python -m examples.bench.run",
+    options = tyro.cli(kind[fields, vlm], args=argv, prog=program(),
                        description=__doc__,
                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
     if fields is NoOptions:

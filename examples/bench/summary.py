@@ -333,7 +333,7 @@ def deltas(one: list[dict], two: list[dict]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 after one sentence on stderr."""
-    return command("summary", __doc__, Summary, argv)
+    return command(__doc__, Summary, argv)
 
 
 if __name__ == "__main__":

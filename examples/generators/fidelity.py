@@ -89,7 +89,7 @@ def main(vgm: type | None = None, argv: list[str] | None = None) -> int:
         kinds = {}
         for name, (module, kind) in GENERATORS.items():
             kinds[name] = Fidelity[getattr(importlib.import_module(module), kind)]
-    return command("python -m examples.generators.fidelity", __doc__, kinds, argv)
+    return command(__doc__, kinds, argv)
 
 
 if __name__ == "__main__":

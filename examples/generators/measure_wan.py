@@ -409,7 +409,7 @@ def main(argv=None) -> int:
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     kinds = {"seconds": Seconds, "likeness": Likeness}
-    return command("python -m examples.generators.measure_wan", __doc__, kinds, argv)
+    return command(__doc__, kinds, argv)
 
 
 if __name__ == "__main__":

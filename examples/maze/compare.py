@@ -304,7 +304,7 @@ def recorded(path: Path) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command("maze.compare", __doc__ or "", Compare, argv)
+    return common.command(__doc__, Compare, argv)
 
 
 if __name__ == "__main__":

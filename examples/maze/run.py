@@ -4,14 +4,16 @@
     python -m examples.maze.run --maze-seed 7        another one
     python -m examples.maze.run --image maze.png     your own, square, 16 pixels a cell
 
-Any other option goes on to collabvr.py. The planner, verifier and router are asked over HTTP, at an
-endpoint that this program starts (vlm.py). The clips come from diffusers' WanImageToVideoPipeline
-with the checkpoint in tiny-wan/.
+All other options are those of collabvr.py: `python collabvr.py --help` lists them.
+
+The planner, verifier and router are asked over HTTP, at an endpoint that this program starts
+(vlm.py). The clips come from diffusers' WanImageToVideoPipeline with the checkpoint in tiny-wan/.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class Options:
     out: Path | None = None  # run folder (default: runs/maze-SEED, or runs/NAME of the picture)
     maze_seed: Annotated[int, Field(ge=0)] = 5  # which maze
     image: Path | None = None  # a maze picture of your own instead
-    task: str | None = None  # what is to be done in it
+    task: str | None = None  # what the video should show (default: the circle moves to the goal)
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Job:
     maze: world.Maze | None  # known when the maze is ours
 
 
-def prepare(options: Options) -> Job:
-    """Draws the maze, or checks the picture that was given. Raises Problem."""
+def prepare(options: Options, drawings: Path) -> Job:
+    """Draws the maze into that folder, or checks the picture that was given. Raises Problem."""
     if options.image is not None:
         out = options.out or Path("runs", options.image.stem)
         with collabvr.explained(f"{options.image} shows no maze that can be read; without --image "
@@ -70,8 +72,7 @@ def prepare(options: Options) -> Job:
         return Job(options.image, options.task or TASK, out, None)
     maze = world.make(6, 3, np.random.default_rng([2026, options.maze_seed]))
     out = options.out or Path(f"runs/maze-{options.maze_seed}")
-    out.mkdir(parents=True, exist_ok=True)
-    image = out / f"maze-{options.maze_seed}.png"
+    image = drawings / f"maze-{options.maze_seed}.png"
     iio.imwrite(image, world.draw(maze))
     return Job(image, options.task or world.task(maze), out, maze)
 
@@ -80,24 +81,25 @@ def run(argv: list[str] | None) -> int:
     import tyro
 
     options, others = tyro.cli(
-        Options, description=__doc__, args=argv, prog="maze.run", return_unknown_args=True)
-    job = prepare(options)
-    arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out), *OPTIONS]
-    with vlm.serve() as server:
+        Options, description=__doc__, args=argv, prog=common.program(), return_unknown_args=True)
+    # the picture waits elsewhere: only collabvr.main knows whether the run folder may be used
+    with tempfile.TemporaryDirectory() as drawings, vlm.serve() as server:
+        job = prepare(options, Path(drawings))
+        arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out), *OPTIONS]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
         status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
         server.shutdown()
     if status == 0 and job.maze is not None:
-        print(f"{'by rule':17} {rule.verdict(common.load_run(job.out).frames(), job.maze)}")
+        collabvr.show({"by rule": rule.verdict(common.load_run(job.out).frames(), job.maze)})
     if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():
-        print(f"{'page':17} {pages.write(job.out)}")
+        collabvr.show({"page": collabvr.clean(str(pages.write(job.out)))})
     return status
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status of collabvr.main; 2 with a sentence if the picture is no maze."""
-    return common.guarded("maze.run", lambda: run(argv))
+    return common.guarded(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -825,7 +825,7 @@ class Train:
 
 
 def main(argv=None) -> int:
-    return common.command("python -m examples.maze.train", __doc__, Train, argv)
+    return common.command(__doc__, Train, argv)
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ class Serve:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command("maze.vlm", __doc__ or "", Serve, argv)
+    return common.command(__doc__, Serve, argv)
 
 
 if __name__ == "__main__":

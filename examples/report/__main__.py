@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+import collabvr
 from examples import common
 from examples.report.pages import write
 
@@ -26,13 +27,13 @@ class Report:
     out: Path | None = None  # the HTML file (default: report.html in the folder)
 
     def run(self) -> int:
-        print(write(self.folder, self.out))
+        print(collabvr.clean(str(write(self.folder, self.out))))
         return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 after bad input and 130 after an interruption, with a sentence on stderr."""
-    return common.command("report", __doc__, Report, argv)
+    return common.command(__doc__, Report, argv)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,11 @@ def write(folder: Path, out: Path | None = None) -> Path:
         raise Problem(f"There is no run in {folder}: no calls.jsonl and no start.json.")
     if folder in found:
         with explained(f"{folder} cannot be shown", Exception):  # whatever it holds
-            save(out, out.parent, page_of.page(common.load_run(folder)))
+            save(out, page_of.page(common.load_run(folder)))
         return out
+    refuse_links(out.with_suffix(""), out.parent)
     rows = [row(place, folder, out) for place in tqdm(sorted(found), unit="run", disable=None)]
-    save(out, out.parent, index.listing(folder.resolve().name, rows))
+    save(out, index.listing(folder.resolve().name, rows))
     return out
 
 
@@ -55,15 +56,16 @@ def row(place: Path, folder: Path, out: Path) -> Row:
     found = Row(name, Run(place, "unreadable", [], [], {}))
     try:  # one that cannot be shown must not hide the others
         with explained(f"{place} cannot be shown", Exception):
+            refuse_links(page.parent, out.parent)
             mark = mark_of(place)
             run = common.load_run(place)
             if not is_current(page, mark):
                 picture = index.thumbnail(run)
                 if picture:
-                    save(thumbnail, out.parent, picture)
+                    save(thumbnail, picture)
                 else:
                     thumbnail.unlink(missing_ok=True)
-                save(page, out.parent, page_of.page(run, link(out, page), mark))
+                save(page, page_of.page(run, link(out, page), mark))
             found = Row(name, run, link(page, out))
             if thumbnail.exists():
                 found.thumbnail = link(thumbnail, out)
@@ -106,10 +108,14 @@ def link(to: Path, start: Path) -> str:
     return urllib.parse.quote(Path(os.path.relpath(to, start.parent)).as_posix())
 
 
-def save(path: Path, root: Path, content: str | bytes) -> None:
-    """Writes a file, which must lie in root: a folder on the way may be a link. Raises Problem."""
-    if not path.parent.resolve().is_relative_to(root.resolve()):
-        raise Problem(f"{path.parent} leads out of {root}, so nothing is written into it.")
+def refuse_links(folder: Path, root: Path) -> None:
+    """Raises Problem if a folder below root, on the way to this one, is a link to anywhere."""
+    if folder.resolve() != root.resolve() / folder.relative_to(root):
+        raise Problem(f"{folder} is a link, or behind one: nothing is written there. Delete the "
+                      "link, or name another file with --out.")
+
+
+def save(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         content = content.encode(errors="replace")  # of half a character

@@ -38,7 +38,7 @@ def main(
     Export.methods = METHODS if method is None else {**METHODS, method.__name__: method}
     Export.vlm_type = vlm
     kinds = {"export": Export, "ask": Ask[vlm], "score": Score}  # type: ignore[valid-type]
-    return common.command("supervisor", __doc__, kinds, argv)
+    return common.command(__doc__, kinds, argv)
 
 
 if __name__ == "__main__":

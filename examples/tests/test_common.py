@@ -1,14 +1,22 @@
 """What the examples share: intervals, tables, run folders that are not trusted, command lines."""
 
+import importlib.machinery
+import io
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
+from pydantic import Field
+from pydantic.dataclasses import dataclass as settings
 
 from collabvr import Clip, Problem, RecordedModels, Result
 from examples import common
@@ -89,6 +97,16 @@ def test_a_finished_run_is_read_as_it_was_made(folder):
     assert (run.clip(call).frames == PICTURE).all() and run.clip(call).seconds == 2
     assert (run.picture() == PICTURE).all() and run.video().name == "video.mp4"
     assert run.cost()["vgm_seconds"] == 2
+
+
+@pytest.mark.parametrize("journal", [None, "", '{"role": "pla'])
+def test_a_run_without_an_answer_says_so(folder, journal):
+    """No line yet, or one that a power cut tore."""
+    (folder / "trace.json").unlink()
+    (folder / "calls.jsonl").unlink()
+    if journal is not None:
+        (folder / "calls.jsonl").write_text(journal)
+    assert common.STATUS[common.load_run(folder).status].word == "no call was answered yet"
 
 
 def test_an_unfinished_run_is_read_from_its_calls(folder):
@@ -194,21 +212,85 @@ class Say:
 
 
 def test_a_command_runs_and_returns_its_status(capsys):
-    assert common.command("say", "Doc.", Say, ["--loud"]) == 0
-    assert common.command("say", "Doc.", {"one": Say, "two": Say}, ["two", "--word", "x"]) == 0
+    assert common.command("Doc.", Say, ["--loud"]) == 0
+    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--word", "x"]) == 0
     assert capsys.readouterr().out == "HELLO\nx\n"
 
 
 def test_a_problem_is_one_sentence_and_status_2(capsys):
-    assert common.command("say", "Doc.", Say, ["--word", "wrong"]) == 2
-    assert capsys.readouterr().err == "say: This word is wrong.\n"
+    assert common.command("Doc.", Say, ["--word", "wrong"]) == 2
+    assert capsys.readouterr().err == f"{common.program()}: This word is wrong.\n"
 
 
 def test_a_wrong_option_is_status_2_and_help_is_0(capsys):
-    assert common.command("say", "Doc.", Say, ["--bogus"]) == 2
+    assert common.command("Doc.", Say, ["--bogus"]) == 2
     assert "--bogus" in capsys.readouterr().err
-    assert common.command("say", "Doc.", Say, ["--help"]) == 0
+    assert common.command("Doc.", Say, ["--help"]) == 0
     assert "Doc." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, typed", [
+    ("examples.report.__main__", "python -m examples.report"),
+    ("examples.maze.run", "python -m examples.maze.run"), (None, "python mine.py")])
+def test_messages_name_the_program_as_it_was_typed(module, typed, monkeypatch, capsys):
+    """In usage lines, those of subcommands too, and before a sentence."""
+    main = types.ModuleType("__main__")
+    main.__spec__ = module and importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--help"]) == 0
+    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--bogus"]) == 2
+    assert common.command("Doc.", Say, ["--word", "wrong"]) == 2
+    out, err = capsys.readouterr()
+    assert f"usage: {typed} two " in out and f"run {typed} --help" in " ".join(err.split())
+    assert err.endswith(f"\n{typed}: This word is wrong.\n")
+
+
+@settings
+class Limited:
+    share: Annotated[float, Field(le=1)] = 0.5
+
+    def run(self) -> int:
+        return 0
+
+
+def test_a_wrong_value_names_no_page_of_pydantics():
+    """In a process of its own, as pydantic looks once."""
+    code = ("from examples.tests.test_common import Limited, common\n"
+            "common.command('', Limited, ['--share', '2'])")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={k: v for k, v in os.environ.items() if k != "PYDANTIC_ERRORS_INCLUDE_URL"})
+    assert "less than or equal to 1" in done.stderr and "pydantic.dev" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--word", "x" * 100_000], ["--word", "x"], ["--help"]])
+@pytest.mark.parametrize("full", [True, False])
+def test_output_that_nobody_reads_spoils_no_work(argv, full, monkeypatch, capsys):
+    """On a full disk, and in a pipe without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as disk, open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", disk if full else pipe)
+        assert common.command("Doc.", Say, argv) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_without_output_ends_well(monkeypatch):
+    """After `>&-` there is none. That a disk is full shows when Python ends."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert common.command("Doc.", Say, []) == common.command("Doc.", Say, ["--help"]) == 0
+    with open("/dev/full", "w") as disk:
+        done = subprocess.run([sys.executable, "-m", "examples.report", "--help"], cwd=ROOT,
+                              stdout=disk, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_no_print(monkeypatch):
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert common.command("Doc.", Say, ["--word", "é"]) == 0
+        assert terminal.buffer.getvalue() == b"\\xe9\n"
 
 
 def test_a_missing_package_says_what_to_install():
@@ -221,7 +303,7 @@ def test_interrupted_is_130_and_a_sentence(sent):
     code = ("import signal, sys, time; from examples import common\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs ignore it\n"
             "def work(): print('ready', flush=True); time.sleep(60)\n"
-            "sys.exit(common.guarded('nap', work))")
+            "sys.exit(common.guarded(work))")
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True)
@@ -229,10 +311,18 @@ def test_interrupted_is_130_and_a_sentence(sent):
     process.send_signal(sent)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said == "nap: Interrupted. The same command goes on from here.\n"
+    assert said == "python -c: Interrupted. The same command goes on from here.\n"
 
 
 def test_the_guard_leaves_the_signal_as_it_was():
     before = signal.getsignal(signal.SIGTERM)
-    assert common.guarded("x", lambda: 0) == 0
+    assert common.guarded(lambda: 0) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_readme_holds_a_placeholder():
+    """A word in capitals alone in a cell, where a figure should be; the first column has names."""
+    for file in [ROOT / "README.md", *ROOT.glob("examples/**/README.md")]:
+        text = file.read_text()
+        assert re.findall(r"\S \| ([A-Z_]{3,})(?= \|)", text) == [], file
+        assert re.findall(r"\b(SAME_ROWS|TODO|TBD|XXX)\b", text) == [], file

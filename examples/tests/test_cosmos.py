@@ -2,17 +2,14 @@
 asked for, so a stand-in takes its place."""
 
 import importlib.machinery
+import importlib.util
 import os
 import shutil
 import sys
 import types
 
-import diffusers
 import numpy as np
 import pytest
-import tokenizers
-import torch
-import transformers as hf
 
 import collabvr as c
 from examples.generators import cosmos
@@ -40,6 +37,11 @@ asked: list = []
 
 def save_tiny(folder):
     """Saves a Cosmos-Predict-2.5 of 0.1 M random weights, with a tokenizer of bytes."""
+    import diffusers
+    import tokenizers
+    import torch
+    import transformers as hf
+
     torch.manual_seed(0)
     words = ["<pad>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
     letters = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(words)}, []))
@@ -81,33 +83,40 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def packages(monkeypatch):
-    """As if cosmos-guardrail and torchvision were installed, the latter where it is not: diffusers
-    uses two functions of it here."""
+    """As if cosmos-guardrail and torchvision were installed, where they are not."""
+    for name in ("cosmos_guardrail", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            stub = types.ModuleType(name)
+            stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            monkeypatch.setitem(sys.modules, name, stub)
+
+
+@pytest.fixture
+def tiny(folder, packages, monkeypatch):
+    """The folder. Guardrail takes the place of the real one; diffusers uses two functions of
+    torchvision."""
+    import torch
     from diffusers.models.transformers import transformer_cosmos
     from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict as pipeline
     from torch.nn.functional import interpolate
     monkeypatch.setattr(pipeline, "CosmosSafetyChecker", Guardrail)
+    monkeypatch.setattr(cosmos, "AREA", 96 * 64)
     asked.clear()
-    stubs = {"cosmos_guardrail": types.ModuleType("cosmos_guardrail")}
     if not hasattr(pipeline, "torchvision"):
         functional = types.SimpleNamespace(
             to_tensor=lambda image: torch.tensor(np.array(image) / 255).movedim(-1, 0).float(),
             resize=lambda x, size, interpolation: interpolate(x, size, mode=interpolation))
-        stubs["torchvision"] = stub = types.ModuleType("torchvision")
+        stub = sys.modules["torchvision"]
         stub.transforms = types.SimpleNamespace(
             functional=functional, InterpolationMode=types.SimpleNamespace(NEAREST="nearest"))
         monkeypatch.setattr(pipeline, "torchvision", stub, raising=False)
         monkeypatch.setattr(transformer_cosmos, "transforms", stub.transforms, raising=False)
-    for name, stub in stubs.items():
-        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        monkeypatch.setitem(sys.modules, name, stub)
+    return folder
 
 
 @slow
-def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
-        folder, packages, monkeypatch):
-    monkeypatch.setattr(cosmos, "AREA", 96 * 64)
-    vgm = cosmos.Cosmos(vgm=folder, sampling_steps=2)
+def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(tiny):
+    vgm = cosmos.Cosmos(vgm=tiny, sampling_steps=2)
     vgm.check()
     one, two, other = (vgm(FRAME, "Move the ball.", 0.5, seed) for seed in (5, 5, 6))
     assert one.frames.shape == (9, 64, 96, 3) and one.frames.dtype == np.uint8
@@ -118,10 +127,8 @@ def test_a_clip_starts_from_the_frame_and_has_4_k_plus_1_frames_of_its_shape(
 
 
 @slow
-def test_what_the_guardrail_refuses_is_a_failed_generation_that_says_so(
-        folder, packages, monkeypatch):
-    monkeypatch.setattr(cosmos, "AREA", 96 * 64)
-    models = c.Models(cosmos.Cosmos(vgm=folder, sampling_steps=2), None)
+def test_what_the_guardrail_refuses_is_a_failed_generation_that_says_so(tiny):
+    models = c.Models(cosmos.Cosmos(vgm=tiny, sampling_steps=2), None)
     with pytest.raises(c.Problem, match="failed twice in a row .*Guardrail detected unsafe text"):
         models.generate(FRAME, "Show a weapon.", 0.5)
 
@@ -146,14 +153,14 @@ def test_a_missing_package_gets_one_sentence(packages, monkeypatch, missing):
 
 
 def test_without_a_gpu_the_big_checkpoint_is_refused(packages, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(c.Problem, match="needs a CUDA GPU"):
         cosmos.Cosmos().check()
 
 
 @slow
-def test_weights_come_from_safetensors_only(folder, packages, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "cosmos")
+def test_weights_come_from_safetensors_only(tiny, tmp_path):
+    broken = shutil.copytree(tiny, tmp_path / "cosmos")
     (broken / "vae" / "diffusion_pytorch_model.safetensors").rename(
         broken / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(c.Problem, match="cannot be loaded"):

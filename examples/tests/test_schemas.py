@@ -140,11 +140,16 @@ class XGrammar:
     def __init__(self, schema: dict):
         self.xgrammar = pytest.importorskip(
             "xgrammar", reason="pip install --no-deps xgrammar==0.2.8 apache-tvm-ffi")
-        vocabulary = [bytes([i]) for i in range(256)] + [b"</s>"]
-        info = self.xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[256])
-        compiled = self.xgrammar.GrammarCompiler(info).compile_json_schema(json.dumps(schema))
-        self.matcher = self.xgrammar.GrammarMatcher(compiled)
+        self.matcher = self.xgrammar.GrammarMatcher(self.compiled(json.dumps(schema)))
         self.mask = self.xgrammar.allocate_token_bitmask(1, 257)
+
+    @staticmethod
+    @functools.cache
+    def compiled(schema: str):
+        import xgrammar
+        vocabulary = [bytes([i]) for i in range(256)] + [b"</s>"]
+        info = xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[256])
+        return xgrammar.GrammarCompiler(info).compile_json_schema(schema)
 
     def follow(self) -> set:
         self.matcher.fill_next_token_bitmask(self.mask)
@@ -167,12 +172,18 @@ class LLGuidance:
         llguidance = pytest.importorskip("llguidance", reason="in examples/requirements.txt")
         grammar = llguidance.LLMatcher.grammar_from_json_schema(
             schema, defaults={"whitespace_flexible": True})
-        self.matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0)
+        self.matcher = llguidance.LLMatcher(self.tokenizer(), grammar, log_level=0)
         assert not self.matcher.is_error(), self.matcher.get_error()
+
+    @staticmethod
+    @functools.cache
+    def tokenizer():
+        import llguidance
+        return llguidance.LLTokenizer("byte")
 
     def follow(self) -> set:
         allowed = self.matcher.compute_logit_bias()  # a byte each, 0 where it may not follow
-        return {i for i in range(256) if allowed[i]}
+        return set(np.flatnonzero(np.frombuffer(allowed, np.uint8)[:256]).tolist())
 
     def feed(self, byte: int):
         assert self.matcher.consume_token(byte)

@@ -13,6 +13,7 @@ import pytest
 
 import collabvr as c
 from examples import common
+from examples.report import markup
 from examples.supervisor import __main__ as supervisor
 from examples.supervisor import points, questions, score
 from examples.supervisor.label import write_page
@@ -29,9 +30,10 @@ VERDICT = {
 
 
 @pytest.fixture(autouse=True)
-def unsynced(monkeypatch):
-    """Many calls that do not wait for the disk."""
+def quick(monkeypatch):
+    """Many calls that do not wait for the disk, and clips that are not enlarged."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(markup, "SMALL", 16)
 
 
 class Recorder(c.OpenAIVLM):

@@ -8,9 +8,11 @@ These lengths and M are the paper's (App. A.1); its three steps are the default.
 whole samples (App. A.5) is `Routed` in examples/baselines.py.
 
 Models come and go: the paper's veo-3.1-fast-generate-preview is said to have left the Gemini API on
-2026-10-22, with all of Veo, and google-genai 3 knows Veo on Vertex only. A clip is taken as it
-comes: 8 s at 24 fps are 192 frames, and as frame 0 is the input, 191/24 s are new. It comes as
-H.264, so each step loses a little.
+2026-10-22, with all of Veo, and google-genai 3 knows Veo on Vertex only. A gateway that speaks the
+Gemini API's dialect needs the older one: pip install google-genai==2.34.0.
+
+A clip is taken as it comes: 8 s at 24 fps are 192 frames, and as frame 0 is the input, 191/24 s are
+new. It comes as H.264, so each step loses a little.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ def no_or_base_url(url: str) -> str:
 
 @settings(config={"extra": "forbid"}, eq=False)
 class Veo:
-    """Veo on Vertex, or by API key on what speaks the Gemini API.
+    """Veo on Vertex, or with google-genai 2 by API key on what speaks the Gemini API.
 
     All clips of a picture have its shape in 720p: the picture is sent between black bars, and the
     bars are cut off the clip.
     """
 
     model: str = "veo-3.1-fast-generate-001"  # as Google names it
-    project: str = ""  # of Google Cloud: asks Vertex; without one: the Gemini API
+    project: str = ""  # of Google Cloud: asks Vertex; without one: the Gemini API's dialect
     location: str = "us-central1"  # of Vertex
     # of a gateway that speaks like Vertex or the Gemini API; its key is VEO_API_KEY
     url: Annotated[str, AfterValidator(no_or_base_url)] = ""
@@ -92,8 +94,9 @@ class Veo:
                 vertexai=True, project=self.project, location=self.location,
                 credentials=self.credentials(), http_options=options)
         if int(genai.__version__.split(".")[0]) > 2:
-            raise Problem("google-genai 3 knows Veo on Vertex only: --project YOURS, or "
-                          "google-genai 2.34.0 for what else speaks the Gemini API.")
+            raise Problem("google-genai 3 knows Veo on Vertex only: give --project YOURS, or for "
+                          "the Gemini API's dialect take the older one (pip install "
+                          "google-genai==2.34.0).")
         return genai.Client(vertexai=False, api_key=self.key(), http_options=options)
 
     def credentials(self):

@@ -1,8 +1,9 @@
 """SGLang Diffusion's real routes of /v1/videos, with a painter in the scheduler's place:
 
-    python sglang_router.py PORT PAINTER_URL MODEL    # in an environment with sglang
+    python sglang_router.py PORT PAINTER_URL MODEL FOLDER    # in an environment with sglang
 
-What the scheduler would do, a server at PAINTER_URL does (test_servers.py has it).
+What the scheduler would do, a server at PAINTER_URL does (test_servers.py has it). FOLDER is a Wan
+checkpoint of diffusers: its model_index.json is read, and no weights.
 """
 
 import asyncio
@@ -43,10 +44,10 @@ def paint(painter: str, request) -> OutputBatch:
     return OutputBatch(output=video[None].float() / 255)
 
 
-def main(port: str, painter: str, model: str):
-    info = get_model_info(model, backend="auto", model_id="Wan2.2-I2V-A14B-Diffusers")
+def main(port: str, painter: str, model: str, folder: str):
+    info = get_model_info(folder, backend="auto", model_id="Wan2.2-I2V-A14B-Diffusers")
     set_global_server_args(types.SimpleNamespace(
-        model_path=model, served_model_name=model, model_id="Wan2.2-I2V-A14B-Diffusers",
+        model_path=folder, served_model_name=model, model_id="Wan2.2-I2V-A14B-Diffusers",
         backend="auto", pipeline_class_name=None, pipeline_config=info.pipeline_config_cls(),
         num_gpus=1, input_save_path="inputs", output_path="outputs", enable_trace=False,
         attention_backend_config=None, batching_max_size=1, comfyui_mode=False))

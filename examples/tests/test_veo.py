@@ -1,5 +1,6 @@
-"""Tests of veo.py: the real google-genai client against a server of this machine that speaks what
-that client speaks, both as Vertex does and as the Gemini API did. No live Veo was ever asked."""
+"""Tests of veo.py: the real google-genai client against a server of this machine that speaks as
+Vertex does, and as the Gemini API did, which only google-genai 2 speaks: a slow test runs all of
+this under it. No live Veo was ever asked."""
 
 import base64
 import contextlib
@@ -30,8 +31,9 @@ try:
     BOTH = int(importlib.metadata.version("google-genai").split(".")[0]) < 3
 except importlib.metadata.PackageNotFoundError:  # what needs it is skipped: see `google`
     BOTH = False
-DIALECTS = ["vertex", pytest.param("gemini", marks=pytest.mark.skipif(
-    not BOTH, reason="google-genai 3 has given up Veo on the Gemini API"))]
+needs_both = pytest.mark.skipif(
+    not BOTH, reason="google-genai 3 has given up Veo on the Gemini API: see the slow test")
+DIALECTS = ["vertex", pytest.param("gemini", marks=needs_both)]
 KEY = "k-very-secret-0123456789"
 
 
@@ -446,7 +448,7 @@ def test_googles_keys_do_not_go_to_a_gateway(dialect, google, make, monkeypatch)
     assert KEY in (headers := str(google.orders[0]["headers"])) and "googles-own" not in headers
 
 
-@pytest.mark.skipif(not BOTH, reason="google-genai 3 has given up Veo on the Gemini API")
+@needs_both
 @pytest.mark.parametrize("name", ["GEMINI_API_KEY", "GOOGLE_API_KEY"])
 def test_a_gateways_key_does_not_go_to_google(name, google, make, monkeypatch):
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", google.url)
@@ -477,10 +479,12 @@ def test_vertex_itself_gets_a_token_of_googles_own_credentials(google, make, tmp
     assert KEY not in str(order["headers"])
 
 
-def test_without_a_project_google_genai_3_cannot_ask(make, monkeypatch):
-    monkeypatch.setattr("google.genai.__version__", "3.0.0")
-    with pytest.raises(c.Problem, match="Vertex only: --project YOURS"):
-        make("gemini").check()
+@pytest.mark.parametrize("url", ["", "http://127.0.0.1:9"])
+def test_without_a_project_google_genai_3_says_what_to_install(url, make, monkeypatch):
+    if BOTH:
+        monkeypatch.setattr("google.genai.__version__", "3.3.0")
+    with pytest.raises(c.Problem, match="--project YOURS, or .*pip install google-genai==2.34.0"):
+        make("gemini", url=url).check()
 
 
 def test_missing_credentials_are_one_sentence(make, monkeypatch):
@@ -555,6 +559,15 @@ def test_the_command_line_refuses_a_missing_key_before_the_vlm_is_asked(
     assert "set VEO_API_KEY" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(BOTH, reason="it speaks both dialects")
+def test_the_command_line_says_which_google_genai_speaks_the_gemini_apis_dialect(
+        command, google, capsys):
+    assert command(*PAPER, project="") == 2
+    said = capsys.readouterr().err.strip()
+    assert "pip install google-genai==2.34.0" in said and len(said.splitlines()) == 1
+    assert not google.orders
+
+
 def test_the_command_line_makes_a_video_and_a_second_start_pays_for_nothing(
         command, google, capsys):
     assert command(*PAPER) == 0
@@ -564,7 +577,7 @@ def test_the_command_line_makes_a_video_and_a_second_start_pays_for_nothing(
     assert order["body"]["parameters"]["durationSeconds"] == 8
 
 
-@pytest.mark.skipif(not BOTH, reason="google-genai 3 has given up Veo on the Gemini API")
+@needs_both
 def test_a_key_that_comes_back_in_an_error_is_neither_shown_nor_kept(
         command, google, capsys, tmp_path):
     google.refuse = [(403, "the key {x-goog-api-key} may not use Veo")] * 9
@@ -603,16 +616,16 @@ def test_a_whole_routed_run(google, make):
 
 
 @pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
-@pytest.mark.skipif(not BOTH, reason="this is it")
-def test_all_of_this_passes_with_google_genai_3(tmp_path):
-    """In a folder of its own, so that the pin stays. Vertex only: what asks the Gemini API is
-    skipped there."""
+@pytest.mark.skipif(BOTH, reason="this is it")
+def test_all_of_this_passes_with_google_genai_2_in_both_dialects(tmp_path):
+    """In a folder of its own, so that the pin stays. Its httpx no other package here needs."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target",
-           str(tmp_path), "google-genai==3.3.0"]
+           str(tmp_path), "google-genai==2.34.0", "httpx==0.28.1", "httpcore==1.0.9"]
     if subprocess.run(pip, check=False, capture_output=True).returncode:
-        pytest.skip("google-genai 3.3.0 cannot be installed here")
+        pytest.skip("google-genai 2.34.0 cannot be installed here")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__],
         env=os.environ | {"PYTHONPATH": str(tmp_path), "COLLABVR_SLOW": ""}, cwd=ROOT,
         check=False, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
+    assert "given up" not in done.stdout, "the Gemini API's dialect was skipped"

@@ -23,6 +23,18 @@ def note(folder: Path, text: str) -> None:
 
 
 @dataclass
+class Shade:
+    """All frames but the first are of one grey, which differs by seed."""
+
+    shade: int = 120
+
+    def __call__(self, frame, prompt, seconds, seed):
+        frames = np.repeat(frame[None], round(4 * seconds) + 1, 0)
+        frames[1:] = self.shade + seed
+        return Clip(frames, 4)
+
+
+@dataclass
 class Painter:
     """Paints the upper rows of a clip. It fails for pictures whose number stands in `fail`, and for
     all of them if that is 'all'."""

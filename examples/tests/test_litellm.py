@@ -8,13 +8,13 @@ import http.server
 import json
 import os
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 import collabvr as c
 from examples.tests import environments
+from examples.tests.painter import Shade
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("COLLABVR_SLOW"), reason="installs LiteLLM: COLLABVR_SLOW=1")
@@ -133,21 +133,11 @@ def media_of(body: dict) -> list:
     return found
 
 
-@dataclass
-class Painter:
-    shade: int = 120  # of all frames but the first
-
-    def __call__(self, frame, prompt, seconds, seed):
-        frames = np.repeat(frame[None], round(4 * seconds) + 1, 0)
-        frames[1:] = self.shade + seed
-        return c.Clip(frames, 4)
-
-
 def ask(url, part="a text", retries=6, **settings):
     """The plan that comes of one question, and the models that asked it."""
     vlm = c.OpenAIVLM(vlm_url=url, **settings)
     vlm.client = vlm.client.with_options(max_retries=retries)
-    models = c.Models(Painter(), vlm)
+    models = c.Models(Shade(), vlm)
     return models.ask("planner", c.PLANNER, [part], c.Plan), models
 
 
@@ -162,7 +152,7 @@ def test_a_whole_run_passes_with_every_picture_and_every_token(url, gemini, tmp_
     c.iio.imwrite(tmp_path / "x.png", I0)
     argv = ["--image", str(tmp_path / "x.png"), "--task", "Move it.", "--vlm-url", url,
             "--out", str(tmp_path / "run"), "--seconds-first", "2", "--seconds-next", "2"]
-    assert c.main(Painter, argv) == 0, capsys.readouterr().err
+    assert c.main(Shade, argv) == 0, capsys.readouterr().err
     trace = json.loads((tmp_path / "run" / "trace.json").read_text())
     assert (trace["status"], trace["unverified_steps"]) == ("complete", [])
     assert trace["cost"]["calls"] == {"planner": 2, "verifier": 3, "vgm": 3}
@@ -223,7 +213,7 @@ def test_another_key_than_the_proxys_is_refused(url, gemini, monkeypatch):
 
 
 def test_a_video_arrives_as_image_url(url, gemini):
-    clip = Painter()(I0, "", 2, 0)
+    clip = Shade()(I0, "", 2, 0)
     gemini.answers += [plan(1)]
     ask(url, clip, video_input="image_url")
     assert media_of(gemini.asked[0][2]) == [("video/mp4", c.mp4(clip))]
@@ -232,5 +222,5 @@ def test_a_video_arrives_as_image_url(url, gemini):
 def test_a_video_url_is_dropped_without_a_word(url, gemini):
     """So it is not the setting to use; if this fails, LiteLLM has learnt it: change the README."""
     gemini.answers += [plan(1)]
-    ask(url, Painter()(I0, "", 2, 0), video_input="video_url")
+    ask(url, Shade()(I0, "", 2, 0), video_input="video_url")
     assert media_of(gemini.asked[0][2]) == []

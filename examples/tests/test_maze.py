@@ -421,48 +421,6 @@ def test_every_method_is_compared_on_the_same_maze(tmp_path, capsys):
     assert f"| qwen9b | {rows['qwen9b']['vgm_seconds']:.1f} |" in capsys.readouterr().out
 
 
-@pytest.fixture
-def one_core():
-    """Models and loop get one core each, so that how many there are does not matter."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@slow
-@pytest.mark.usefixtures("one_core")
-def test_the_loop_and_its_files_take_less_than_five_percent_of_the_models_time(
-        url, tmp_path, monkeypatch):
-    """With clips of half a second's work. The wait for the disk is told apart: it is the disk's,
-    and may be anything on a busy one."""
-    vgm = c.Wan(**run.WAN)
-    assert vgm.pipe  # the weights are loaded
-    took, waits, fsync = [], [], os.fsync
-
-    def waiting(file):
-        began = time.perf_counter()
-        fsync(file)
-        waits.append(time.perf_counter() - began)
-
-    monkeypatch.setattr(os, "fsync", waiting)
-    for i in range(6):
-        waits.clear()
-        maze = world.make(6, 3, np.random.default_rng([2026, 2]))
-        models = c.RecordedModels(vgm, reader(url), tmp_path / str(i))
-        began = time.perf_counter()
-        c.CollabVR(models, CONFIG).run(world.draw(maze), world.task(maze))
-        whole = time.perf_counter() - began
-        waited = sum(models.cost()["wall_seconds"].values())
-        took.append((whole - waited - sum(waits), sum(waits), waited))
-    work, wait, waited = map(min, zip(*took, strict=True))  # what else the machine does only adds
-    print(f"{waited:.2f} s of models, {1000 * work:.1f} ms of loop and files, "
-          f"{1000 * wait:.1f} ms of waiting for the disk")
-    assert len(waits) > 10 and work < 0.05 * waited
-
-
 @slow
 def test_kill_9_at_thirty_random_moments_changes_nothing_and_pays_for_nothing_twice(
         url, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from examples.maze import run as maze_run
 from examples.maze import vlm as maze_vlm
 from examples.maze import world
 from examples.tests import environments
+from examples.tests.painter import Shade
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("COLLABVR_SERVERS"), reason="installs servers: COLLABVR_SERVERS=1")
@@ -102,16 +102,6 @@ SGLANG = (
 # vLLM: a random Qwen3-VL, held to our schemas
 
 
-@dataclass
-class Painter:
-    shade: int = 120  # of all frames but the first
-
-    def __call__(self, frame, prompt, seconds, seed):
-        frames = np.repeat(frame[None], round(4 * seconds) + 1, 0)
-        frames[1:] = self.shade + seed
-        return c.Clip(frames, 4)
-
-
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory):
     """Its base URL. The flags are the README's, but for the size."""
@@ -138,7 +128,7 @@ NO_THOUGHTS = '{"max_tokens": 3000, "chat_template_kwargs": {"enable_thinking": 
 @pytest.mark.parametrize("video_input", ["frames", "video_url"])
 def test_vllm_takes_a_whole_run(vllm, video_input, tmp_path, capsys):
     c.iio.imwrite(tmp_path / "x.png", I0)
-    status = c.main(Painter, [
+    status = c.main(Shade, [
         "--image", str(tmp_path / "x.png"), "--task", "Move it.", "--vlm-url", vllm,
         "--vlm", "random", "--out", str(tmp_path / "run"), "--video-input", video_input,
         "--seconds-first", "2", "--seconds-next", "2", "--request-extra", NO_THOUGHTS])
@@ -163,7 +153,7 @@ def test_vllm_takes_a_whole_run(vllm, video_input, tmp_path, capsys):
 def test_vllm_sees_the_pictures_and_the_video(vllm):
     vlm = c.OpenAIVLM("random", vllm, request_extra='{"max_tokens": 1}')
     video = c.OpenAIVLM("random", vllm, video_input="video_url", request_extra='{"max_tokens": 1}')
-    clip = Painter()(I0, "", 2, 0)
+    clip = Shade()(I0, "", 2, 0)
     tokens = {}
     for name, model, parts in (("text", vlm, []), ("picture", vlm, [I0]), ("mp4", video, [clip])):
         answer = model("Look.", ["One.", *parts], c.Plan)

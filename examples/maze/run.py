@@ -88,8 +88,10 @@ def run(argv: list[str] | None) -> int:
         arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out), *OPTIONS]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
-        server.shutdown()
+        try:
+            status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
+        finally:  # also when an option is wrong: a server that was closed only would spin
+            server.shutdown()
     if status == 0 and job.maze is not None:
         collabvr.show({"by rule": rule.verdict(common.load_run(job.out).frames(), job.maze)})
     if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():

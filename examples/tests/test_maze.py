@@ -294,14 +294,15 @@ def test_a_run_folder_that_cannot_be_made_gets_one_sentence_and_status_2(tmp_pat
 
 
 def test_a_run_that_is_refused_has_written_nothing(tmp_path, capsys):
-    """Not for a wrong option, and not through a link in the run folder."""
-    out, victim = tmp_path / "out", tmp_path / "victim"
+    """Not for a wrong option, and not through a link in the run folder. Its server has ended."""
+    out, victim, threads = tmp_path / "out", tmp_path / "victim", threading.active_count()
     assert run.main(["--out", str(out), "--colour", "red"]) == 2 and not out.exists()
     assert run.main(["--out", str(out), "--fps", "0"]) == 2 and not out.exists()
     out.mkdir()
     (out / "maze-5.png").symlink_to(victim)
     assert run.main(["--out", str(out)]) == 2
     assert "maze-5.png is a link" in capsys.readouterr().err and not victim.exists()
+    assert threading.active_count() <= threads
 
 
 def test_help_says_where_the_other_options_are(capsys):

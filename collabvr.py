@@ -86,7 +86,7 @@ class Config:
     seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps (A.1)
 
     def seconds(self, t: int) -> float:
-        """The length of every clip of step t, re-generations too: the paper is silent. [D8]"""
+        """The length of all clips of step t: of re-generations, the paper is silent. [D8]"""
         return self.seconds_first if t == 1 else self.seconds_next
 
     def worst_case(self) -> tuple[int, float, int]:
@@ -413,7 +413,7 @@ starts from the last frame of the one before. You get the task prompt, the input
 really happened so far, and you plan the next action only.
 
 - Look first: observation says what the current frame shows, not what was meant to happen.
-- remaining_goal is what of the task is still to be done. If a clip was made and nothing is left to
+- remaining_goal is what of the task is still to be done. If a clip was kept and nothing is left to
   do, set task_complete to true and leave instruction and target_state empty.
 - Otherwise instruction is one visible action that one clip of the given length can show: what moves
   or changes, in which way and direction, how far, and where to. No second action, no outlook.
@@ -452,7 +452,7 @@ class FirstPlan(Plan):  # while H is empty [D1]
 VERIFIER = """\
 You check one clip that an image-to-video generator made for one planned action of a longer task.
 You get the task prompt, the input image, what came of the steps before, the action with its target
-state, and the clip. Corrections at the action's end hold where they differ from its beginning.
+state, and the clip. Where a correction at the action's end contradicts the rest, it counts.
 
 - Judge the planned action only: does the right thing start to move or change, in the right way and
   direction, and does the clip end in agreement with the plan, even if short of the target state?
@@ -460,7 +460,7 @@ state, and the clip. Corrections at the action's end hold where they differ from
   or becomes another one. Partial progress, small artefacts and an unfinished task are no reasons.
 - action_executed says whether the action happens, be it in part. progress is none, partial, or
   complete if the target state is reached. An accept needs both the action and some progress.
-- good_fraction is how much of the clip, from its start, is right before the error: 0 to 1.
+- good_fraction is the part of the clip, from its start, in which nothing is wrong yet: 0 to 1.
 - When you reject, suggestion is one sentence for the generator: what to show instead.
 Reply with one JSON object with the fields reason, action_executed, progress, good_fraction,
 suggestion, confidence (low, medium or high), verdict (accept or reject).
@@ -557,6 +557,9 @@ class Call(BaseModel, allow_inf_nan=False):
         return self.seconds is None and self.reply is None
 
 
+ANSWER = ("text", "tokens_in", "tokens_out", "model", "host", "fault")  # what a VLM may return
+
+
 class Models:
     """The two models of one run. Every call of them is made, checked and counted here.
 
@@ -646,7 +649,8 @@ class Models:
             answer = self.vlm(instructions, parts, schema)
             if isinstance(answer, str):
                 answer = {"text": answer}
-            call = Call.model_validate({**answer, "role": role, "t": t, "reply": None})
+            known = {name: answer.get(name) for name in ANSWER}
+            call = Call(role=role, t=t, **known)
         except Problem:
             raise
         except ValidationError as error:  # the answer has odd types
@@ -731,17 +735,22 @@ def find_object(text: str) -> dict:
     bare = text.removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         found = parse(bare)
-    except ValueError:  # not an object only: look behind the thoughts and among the words
-        answer = text.rpartition("</")[2]  # behind the last closing tag; before it is a thought
-        before, brace, rest = answer.partition("{")
-        if "<" in before:
-            raise ValueError("a < before the object: was the thinking finished?") from None
-        if not brace or "[" in before:
-            raise ValueError("no JSON object") from None
-        found = parse(brace + rest[: rest.rfind("}") + 1])
+    except ValueError:
+        found = parse(cut_out(text))
     if type(found) is not dict:
         raise ValueError("no JSON object")
     return found
+
+
+def cut_out(text: str) -> str:
+    """Of thoughts, words and an object: from the object's { to the last }."""
+    answer = text.rpartition("</")[2]  # a thought ends with a closing tag
+    before, brace, rest = answer.partition("{")
+    if "<" in before:
+        raise ValueError("a < before the object: was the thinking finished?")
+    if not brace or "[" in before:  # an object in a list is not taken for the reply
+        raise ValueError("no JSON object")
+    return brace + rest[: rest.rfind("}") + 1]
 
 
 def parse(text: str) -> Any:
@@ -789,7 +798,8 @@ def json_object(text: str) -> str:
     return text
 
 
-@settings(config={"extra": "forbid", "hide_input_in_errors": True}, eq=False)
+@settings(
+    config={"extra": "forbid", "hide_input_in_errors": True, "allow_inf_nan": False}, eq=False)
 class OpenAIVLM:
     """Gemini, a local vLLM, or any other endpoint that speaks OpenAI's chat API.
 
@@ -960,7 +970,7 @@ def read_completion(body: str) -> dict:
 # The generator: Wan2.2 image-to-video with diffusers
 
 
-@settings(config={"extra": "forbid"}, eq=False)
+@settings(config={"extra": "forbid", "allow_inf_nan": False}, eq=False)
 class Wan:
     """Any Wan image-to-video checkpoint, in at most 832x480 pixels, never enlarged (App. A.1)."""
 
@@ -1042,7 +1052,10 @@ class Wan:
             raise RuntimeError(f"out of GPU memory: {hint} ({error})") from error
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip of 4k + 1 frames: 97 for 6 s, 49 for 3 s. [D8] Raises what diffusers raises."""
+        """A clip of 4k + 1 frames, 5 at least: 97 for 6 s, 49 for 3 s. [D8]
+
+        Raises ValueError if it is not finite, and what diffusers raises.
+        """
         import torch
 
         transformer = self.pipe.transformer or self.pipe.transformer_2
@@ -1055,7 +1068,7 @@ class Wan:
                 prompt=prompt,
                 width=width,
                 height=height,
-                num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
+                num_frames=4 * max(1, int(seconds * self.fps / 4 + 1e-6)) + 1,
                 num_inference_steps=self.sampling_steps,
                 guidance_scale=self.guidance_scale,
                 max_sequence_length=min(512, self.pipe.tokenizer.model_max_length),
@@ -1152,7 +1165,8 @@ ANOTHER = "choose another folder (--out)"
 class RecordedModels(Models):
     """Models that write each call into a folder, and never make one that the folder answers.
 
-    A recorded call answers a request if its role, its contents and the model's settings are equal.
+    A recorded call answers a request if its role, its contents (a seed, too) and the model's
+    settings are equal; if a run makes equal requests, the second call answers the second one.
     The folder contains calls.jsonl (a line per call), clips/ (every clip, lossless), input.png,
     start.json and, after `save`, video.mp4 and trace.json. Raises Problem for a folder that
     another process uses, or that is damaged.
@@ -1175,7 +1189,7 @@ class RecordedModels(Models):
         recorded = self.read_calls()
         names = [call.clip for call in recorded if call.clip]
         self.clips = max(map(number_in, names), default=0)  # the number of the newest clip
-        while recorded and recorded[-1].failed:  # they ended the last run, and are tried again
+        while recorded and recorded[-1].failed:  # the last run ended with them: tried again
             recorded.pop()
         self.recorded = {call.request: call for call in recorded}
         self.requests: Counter[str] = Counter()  # of this run
@@ -1183,24 +1197,31 @@ class RecordedModels(Models):
     def read_calls(self) -> list[Call]:
         """The lines of calls.jsonl. A last line that a power cut tore is dropped."""
         path = self.folder / "calls.jsonl"
-        whole, newline, torn = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        data = path.read_bytes() if path.exists() else b""
+        *lines, torn = data.split(b"\n")
         calls = []
-        for number, line in enumerate(whole.split(b"\n"), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 with explained(f"{path}, line {number} is damaged: delete the line, and its call "
                                f"is made again, or {ANOTHER}", ValueError):
                     calls.append(Call.model_validate_json(line))
-        if torn and not torn.startswith(b"{"):
+        if not torn.strip():
+            return calls
+        if not torn.startswith(b"{"):
             raise Problem(f"{path} does not end with a call: {ANOTHER}.")
-        if torn:
-            os.truncate(path, len(whole + newline))
+        try:
+            calls.append(Call.model_validate_json(torn))
+        except ValueError:
+            os.truncate(path, len(data) - len(torn))
+        else:  # only the end of the line is missing
+            write_file(path, data + b"\n")
         return calls
 
     def begin(self, I0, q: str) -> np.ndarray:
         """As in Models, and the folder must be of this picture and task. Writes them into it."""
         I0 = super().begin(I0, q)
         start = self.folder / "start.json"
-        self.facts = {"input": digest(I0, q), "task": q, **self.facts}
+        self.facts = {**self.facts, "input": digest(I0, q), "task": q}
         if start.exists():
             with explained(f"{start} is damaged: {ANOTHER}", ValueError, TypeError, KeyError):
                 recorded = json.loads(start.read_bytes())["input"]
@@ -1232,9 +1253,11 @@ class RecordedModels(Models):
     def call_vlm(self, role: str, t: int, instructions: str, parts: list, schema) -> Call:
         request = self.name_request(role, self.vlm, instructions, parts, schema)
         call = self.recorded.get(request)
-        if call is not None and (fits(call.reply, schema) or call.reply is None and call.fault):
-            log.info("step %d: %s: recorded", t, role)
-            return call.model_copy(update={"t": t})
+        if call is not None:
+            unusable = call.reply is None and call.fault is not None
+            if unusable or fits(call.reply, schema):
+                log.info("step %d: %s: recorded", t, role)
+                return call.model_copy(update={"t": t})
         call = super().call_vlm(role, t, instructions, parts, schema)
         call.request = request
         return self.write(call)
@@ -1269,7 +1292,7 @@ class RecordedModels(Models):
         return clip if clip.seconds == call.seconds else None
 
     def save(self, result: Result, **facts) -> Path:
-        """Write video.mp4 and trace.json. Returns the path of the video."""
+        """Write video.mp4 and trace.json, with the calls of this run. Returns the video's path."""
         trace = {
             "status": result.status,
             "unverified_steps": result.unverified_steps,
@@ -1285,8 +1308,9 @@ class RecordedModels(Models):
 
 def identity(model) -> Any:
     """What makes a model another one: its `identity`, or else its source file and its fields."""
-    if hasattr(model, "identity"):
-        return model.identity
+    owner = getattr(model, "__self__", model)  # of a method: its object
+    if hasattr(owner, "identity"):
+        return owner.identity
     if isinstance(model, partial):
         return [identity(model.func), model.args, model.keywords]
     function = model if inspect.isroutine(model) else type(model).__call__
@@ -1296,14 +1320,17 @@ def identity(model) -> Any:
         linecache.checkcache(code.co_filename)  # it may have been edited
         source = linecache.getlines(code.co_filename)  # finds a notebook's cell, too
     values = {}
-    if is_dataclass(model):
-        values = {each.name: getattr(model, each.name) for each in fields(model)}
+    if is_dataclass(owner) and not isinstance(owner, type):
+        values = {each.name: getattr(owner, each.name) for each in fields(owner)}
     name = getattr(model, "__qualname__", type(model).__qualname__)  # a function's, or its class's
     return [name, values, source]
 
 
 def digest(*parts) -> str:
-    """A hash of texts, numbers, pictures, clips and schemas, in lists or dicts."""
+    """A hash of texts, numbers, pictures, clips and schemas, in lists or dicts.
+
+    Raises Problem for an object that would be another one in the next process.
+    """
 
     def plain(part):
         if isinstance(part, np.ndarray):
@@ -1313,6 +1340,9 @@ def digest(*parts) -> str:
             return [part.frames, part.fps]
         if isinstance(part, type):
             return part.model_json_schema()
+        if " at 0x" in repr(part):
+            raise Problem(f"{part!r:.200} is never the same again: give the model an `identity`, a "
+                          "dict of the settings that count.")
         return repr(part)
 
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).hexdigest()
@@ -1414,7 +1444,7 @@ class Command(Generic[VGM]):
             request = digest(I0, self.task, asdict(self.config), both, self.seed)
             name = re.sub(r"[^-\w]", "_", clean(Path(self.image).stem))[:60]
             out = Path("runs", f"{name}-{request[:8]}")
-        if not (out / "calls.jsonl").exists():
+        if not (out / "trace.json").exists():  # a finished run needs neither key nor GPU
             check(self.vlm, self.vgm)
             log.info("%s will see the pictures.", self.vlm.host)
             log.info("At worst: %d clips, %.1f s of generated video, %d VLM calls. Failed calls "
@@ -1444,8 +1474,14 @@ def check(*models) -> None:
         raise Problem(" ".join(problems))
 
 
-def masked(values: dict) -> dict:
-    return {name: "***" if SECRET_FIELD.search(name) else value for name, value in values.items()}
+def masked(value):
+    """The value without what stands in it under a key's name."""
+    if isinstance(value, list):
+        return [masked(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: "***" if SECRET_FIELD.search(name) else masked(each)
+            for name, each in value.items()}
 
 
 class CleanFormatter(logging.Formatter):
@@ -1477,12 +1513,16 @@ def show(values: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def check_names(vgm: type) -> None:
-    """Raises Problem if a field of a generator would be an option that exists already."""
+def check_fields(vgm: type) -> None:
+    """Raises Problem if a generator's fields cannot become options."""
+    if not is_dataclass(vgm):
+        raise Problem(f"{vgm.__name__} must be a dataclass: its fields become options.")
     taken = {each.name for kind in (Command, Config, OpenAIVLM) for each in fields(kind)}
-    for name in getattr(vgm, "__dataclass_fields__", {}):
-        if name in taken - {"vgm"}:  # Wan's vgm is the option --vgm, Command's has none
-            raise Problem(f"{vgm.__name__}.{name} is the name of another option: choose another.")
+    taken.remove("vgm")  # Command.vgm holds options and is none
+    for each in fields(vgm):
+        if each.name in taken:
+            raise Problem(
+                f"{vgm.__name__}.{each.name} is the name of another option: choose another.")
 
 
 def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
@@ -1498,7 +1538,7 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
     prepare_terminal()
     models = None
     try:
-        check_names(vgm)
+        check_fields(vgm)
         command = tyro.cli(
             Command[vgm],  # type: ignore[valid-type]
             args=argv,
@@ -1521,7 +1561,7 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
         })
         return 0
     if models and models.calls:
-        message += " What was paid for is kept: the same command goes on from here."
+        message += " What was recorded is kept: the same command goes on from here."
     print(f"collabvr: {clean(message)}", file=sys.stderr)
     return status
 

@@ -1064,13 +1064,14 @@ def test_a_vlm_may_return_plain_text():
 
 @pytest.mark.parametrize("odd", [
     {"text": None}, {}, {"text": 5}, None, 7, ["x"], {"text": ACCEPT, "tokens_in": "many"},
-    {"text": "no", "reply": accept(), "role": "x", "t": 9}])
+    {"text": "no", "reply": accept(), "role": "x", "t": 9, "seconds": 3, "size": [1, 2, 3]}])
 def test_a_vlm_that_returns_no_text_is_asked_again(odd):
     """What it claims beside its text is not believed."""
     script = [said(plan()), odd, said(accept())]
     run = go(vlm=lambda *_: script.pop(0))
     assert run.status == "complete" and run.roles() == "pvv"
     assert [call.t for call in run.models.calls] == [1] * 4
+    assert run.cost["clips"] == 1 and run.cost["vgm_seconds"] == 2
 
 
 def test_a_vlm_that_raises_is_asked_again(caplog):
@@ -1508,7 +1509,16 @@ def test_a_pipe_in_a_folder_is_refused(tmp_path, name):
         c.RecordedModels(None, None, tmp_path)
 
 
-@pytest.mark.parametrize("torn", [1, 10, 100])
+def test_a_last_line_without_an_end_is_a_line(tmp_path, undisturbed):
+    """As some editors leave it."""
+    go(*FULL, folder=tmp_path)
+    whole = (tmp_path / "calls.jsonl").read_bytes()
+    (tmp_path / "calls.jsonl").write_bytes(whole.rstrip())
+    assert outcome(go(folder=tmp_path)) == undisturbed
+    assert (tmp_path / "calls.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("torn", [2, 10, 100])
 def test_a_torn_last_line_is_dropped(tmp_path, undisturbed, torn):
     """A power cut may leave one. Only its call is made again."""
     go(*FULL, folder=tmp_path)
@@ -1663,6 +1673,32 @@ def test_a_generators_fields_tell_it_apart(tmp_path):
     assert go(accept(), vgm=ten, folder=tmp_path).shown() == [30]
     twenty = functools.partial(painted_in, shade=40)
     assert go(accept(), vgm=twenty, folder=tmp_path).shown() == [40]
+
+
+def test_a_method_counts_with_its_objects_fields(tmp_path):
+    """Or with its identity."""
+    @dataclass
+    class Shaded:
+        shade: int
+
+        def make(self, frame, prompt, seconds, seed):
+            return painted(frame, seconds, self.shade)
+
+    class Named(Shaded):
+        identity = "always the same"
+
+    assert go(plan(), accept(), vgm=Shaded(10).make, folder=tmp_path).shown() == [10]
+    assert go(accept(), vgm=Shaded(20).make, folder=tmp_path).shown() == [20]
+    assert go(accept(), vgm=Named(30).make, folder=tmp_path).shown() == [30]
+    assert go(vgm=Named(40).make, folder=tmp_path).shown() == [30]
+
+
+def test_an_object_that_nothing_tells_apart_is_refused(tmp_path):
+    """In the next process it would be another one, and all clips would be paid for again."""
+    vgm = functools.partial(painted_in, shade=object())
+    with pytest.raises(c.Problem, match="is never the same again: give the model an `identity`"):
+        go(plan(), vgm=vgm, folder=tmp_path)
+    assert [line["role"] for line in lines(tmp_path)] == ["planner"]
 
 
 def painted_in(frame, prompt, seconds, seed, shade):
@@ -1832,6 +1868,20 @@ def test_a_damaged_start_gets_a_sentence(tmp_path, damage):
     with pytest.raises(c.Problem, match=r"start\.json is damaged: choose another folder"):
         go(folder=tmp_path)
     assert (tmp_path / "start.json").read_bytes() == damage
+
+
+def test_a_run_that_never_asked_may_become_another(tmp_path):
+    """What stands in start.json is the run that is on."""
+    def busy(*request):
+        raise c.Problem("busy")
+
+    models = c.RecordedModels(Painter(), busy, tmp_path)
+    with pytest.raises(c.Problem, match="busy"):
+        c.CollabVR(models).run(I0, "task A")
+    (tmp_path / "start.json").unlink()
+    models.vlm = Script(plan(), accept())
+    models.save(c.CollabVR(models).run(I0, "task B"))
+    assert json.loads((tmp_path / "trace.json").read_text())["task"] == "task B"
 
 
 def test_an_error_of_any_text_can_be_recorded(tmp_path):
@@ -2300,10 +2350,11 @@ def test_a_timeout_is_no_reason_for_another_folder(picture):
 
 def test_keys_in_extra_fields_are_not_recorded(picture, tmp_path):
     """Some gateways take them there. A name that only holds such a word is shown."""
-    extra = '{"api_key": "sk-hidden-1", "max_tokens": 5}'
+    extra = '{"api_key": "sk-hidden-1", "more": [{"access_token": "sk-2"}], "max_tokens": 5}'
     vlm = c.OpenAIVLM(vlm_url="http://127.0.0.1:1/v1", request_extra=extra)
     settings = c.Command(picture, "t", c.Config(), vlm, Mine()).settings()
-    assert settings["request_extra"] == '{"api_key": "***", "max_tokens": 5}'
+    assert settings["request_extra"] == (
+        '{"api_key": "***", "more": [{"access_token": "***"}], "max_tokens": 5}')
 
 
 def test_a_reader_that_stops_spoils_no_run(job, tmp_path):
@@ -2386,6 +2437,24 @@ def test_a_field_named_like_another_option_is_refused(capsys):
 
 
 
+@pytest.mark.parametrize("fields", [{"__init__": lambda self, shade: None}, {}])
+def test_a_class_without_fields_is_no_command(job, capsys, fields):
+    """What its __init__ takes would be told to nobody, and change no folder."""
+    assert "Plain must be a dataclass" in refused(capsys, job, type("Plain", (), fields))
+
+
+def test_without_a_key_no_clip_is_made_after_a_stop(job, tmp_path, monkeypatch, capsys):
+    """The verifier would be missing. A finished run needs no key."""
+    replies = [said(plan())]
+    monkeypatch.setenv("GEMINI_API_KEY", "sk-not-a-secret")
+    monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda *_: replies.pop(0))
+    monkeypatch.setattr(Mine, "__call__", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert c.main(Mine, job) == 130
+    monkeypatch.undo()
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    assert "No API key" in refused(capsys, job) and not MADE
+
+
 def test_an_own_generators_fields_are_options(job, capsys):
     """With type, default and the comment behind the field as help."""
     with pytest.raises(SystemExit) as stopped:
@@ -2434,6 +2503,7 @@ XT = ["--image", "X", "--task", "t"]  # X becomes the picture
     (["--image", "X", "--task", "move \udcff"], "no valid text"),
     ([*XT, "--N-max", "0"], "N_max"), ([*XT, "--N-max", "99999999999"], "N_max"),
     ([*XT, "--M", "two"], "--M"), ([*XT, "--seconds-first", "nan"], "seconds_first"),
+    ([*XT, "--verify-fps", "inf"], "verify_fps"), ([*XT, "--temperature", "inf"], "temperature"),
     ([*XT, "--on-exhausted", "stop"], "--on-exhausted"),
     ([*XT, "--video-input", "video"], "--video-input"),
     ([*XT, "--request-extra", "{"], "request_extra"),
@@ -2659,7 +2729,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence(job, tmp_path):
         status, _, err = ended(process(tmp_path, argv, DISK="5000"))
         assert status == 1 and "Traceback" not in err, err
         assert "File too large" in err and "same command goes on" in err
-        assert re.search(r"clips.001\.mkv cannot be written \(.+\)\. What was paid", err)
+        assert re.search(r"clips.001\.mkv cannot be written \(.+\)\. What was recorded", err)
         assert not list((tmp_path / "out").rglob("*.m[pk][4v]"))
         assert go_on(tmp_path, argv) == 0
     assert len(endpoint.requests) == 2, "the plan was safe"
@@ -2836,7 +2906,8 @@ def test_tiny_wan_is_repeatable(wan):
 def test_frames_per_clip_are_4_k_plus_1(wan):
     """As Wan makes them. [D8]"""
     frame = np.full((64, 80, 3), 200, np.uint8)
-    assert [len(wan(frame, "x", seconds, 0).frames) for seconds in (0.5, 1.0, 1.2)] == [5, 9, 9]
+    made = [len(wan(frame, "x", seconds, 0).frames) for seconds in (0.1, 0.5, 1.0, 1.2)]
+    assert made == [5, 5, 9, 9]
 
 
 def test_the_papers_clips_have_97_and_49_frames(monkeypatch):

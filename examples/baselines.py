@@ -3,16 +3,16 @@ its routing of whole samples (A.5). Each method is a class, used like CollabVR:
 
     result = METHODS["pass4"](Models(vgm, vlm), Config()).run(I0, q)
 
-| name     | class    | clips                                             | VLM calls         |
-|----------|----------|---------------------------------------------------|-------------------|
-| single   | Single   | 1, seed 1                                         | 0                 |
-| pass2, 4 | Pass2, 4 | k, seeds 1..k                                     | 1 picker          |
-| videotpo | VideoTPO | 5, seeds 1 2 1 2 1                                | 2 critics         |
-| preplan  | Preplan  | one a milestone, at most N_max                    | 1 planner         |
-| m1       | M1       | one a step                                        | 1 planner a step  |
-| m2       | M2       | at most M of one step                             | 1 verifier a clip |
-| routed   | Routed   | 1 for the whole task; perhaps those of CollabVR   | 1 router and them |
-| collabvr | CollabVR | the method itself                                 |                   |
+| name     | class    | clips                                       | VLM calls                     |
+|----------|----------|---------------------------------------------|-------------------------------|
+| single   | Single   | 1, seed 1                                   | 0                             |
+| pass2, 4 | Pass2, 4 | k, seeds 1..k                               | 1 picker                      |
+| videotpo | VideoTPO | 5, seeds 1 2 1 2 1                          | 2 critics                     |
+| preplan  | Preplan  | 1 a milestone, at most N_max                | 1 planner                     |
+| m1       | M1       | 1 a step                                    | 1 planner a step              |
+| m2       | M2       | M at most; the router may add one           | 1 verifier a clip, and router |
+| routed   | Routed   | 1 for all; perhaps those of CollabVR        | 1 router, and CollabVR's      |
+| collabvr | CollabVR | the method itself                           |                               |
 
 Every clip counts in the cost. Where nothing is verified, the status is "unverified".
 """
@@ -20,12 +20,12 @@ Every clip counts in the cost. Where nothing is verified, the status is "unverif
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, create_model, field_validator
 
 import collabvr
-from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result, concat
+from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result, Word, concat
 
 
 class Single(CollabVR):
@@ -237,7 +237,7 @@ Reply with one JSON object with the fields reason, action (keep or loop).
 
 class SampleRouting(Reply):
     reason: str
-    action: Literal["keep", "loop"]
+    action: Annotated[Literal["keep", "loop"], Word]
 
 
 class Routed(CollabVR):

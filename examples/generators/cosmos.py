@@ -66,7 +66,7 @@ class Cosmos(Wan):
         return pipe
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip of 4k + 1 frames: 81 for 5 s. Raises ValueError if it is not finite or the
+        """A clip of 4k + 1 frames, 5 at least: 81 for 5 s. Raises ValueError if it is not finite or the
         guardrail refuses, and what diffusers raises."""
         import torch
 
@@ -76,7 +76,7 @@ class Cosmos(Wan):
             prompt=prompt,
             width=width,
             height=height,
-            num_frames=4 * int(seconds * self.fps / 4 + 1e-6) + 1,
+            num_frames=4 * max(1, int(seconds * self.fps / 4 + 1e-6)) + 1,
             num_inference_steps=self.sampling_steps,
             guidance_scale=self.guidance_scale,
             generator=torch.Generator().manual_seed(seed),

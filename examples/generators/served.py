@@ -125,7 +125,7 @@ class Served:
             "model": self.model,
             "seed": seed,
             "fps": self.fps,
-            "num_frames": 4 * int(seconds * self.fps / 4 + 1e-6) + 1,
+            "num_frames": 4 * max(1, int(seconds * self.fps / 4 + 1e-6)) + 1,
             "size": f"{size[0]}x{size[1]}",  # SGLang takes the shape from the picture
             "num_inference_steps": self.sampling_steps,
             "guidance_scale": self.guidance_scale,

@@ -209,7 +209,7 @@ def test_m2_can_go_on_with_the_best_attempt():
 # Routed: one clip, and then?
 
 
-KEEP, LOOP = ({"reason": "so it is", "action": x} for x in ("keep", "loop"))
+KEEP, LOOP = ({"reason": "so it is", "action": x} for x in ("Keep", "loop "))
 
 
 def test_a_routed_clip_that_is_kept_is_the_video():

@@ -540,7 +540,7 @@ def command(google, make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(STRIP).save("strip.png")
     options = ["--image", "strip.png", "--task", "move it", "--url", google.url,
-               "--poll-seconds", "0.01"]
+               "--poll-seconds", "0.01", "--vlm-url", "http://localhost:1/v1"]  # wants no key
 
     def command(*more, project="p", out="out"):
         return c.main(veo.Veo, [*options, "--project", project, "--out", out, *more])

@@ -316,7 +316,7 @@ def guarded(action: Callable[[], int]) -> int:
     if ours:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with contextlib.redirect_stdout(Output(sys.stdout or io.StringIO())):
+        with contextlib.redirect_stdout(Output(sys.stdout or io.StringIO())):  # type: ignore
             return action()
     except SystemExit as end:  # of tyro, which has said what is wrong; or --help
         return int(end.code or 0)

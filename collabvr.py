@@ -1542,6 +1542,7 @@ def main(vgm: type = Wan, argv: list[str] | None = None) -> int:
         command = tyro.cli(
             Command[vgm],  # type: ignore[valid-type]
             args=argv,
+            prog=Path(sys.argv[0]).name,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
         models, I0 = command.prepare()

@@ -2709,7 +2709,7 @@ def test_sigterm_ends_like_ctrl_c(job, tmp_path, capsys):
     assert made_by_process(tmp_path) == 1 and len(endpoint.requests) == 3
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=slow)])
 def test_a_killed_run_loses_one_call_at_most(job, tmp_path, sent):
     """The one that was under way. Ctrl-C and kill -9."""
     with Endpoint(plan(), lambda handler: time.sleep(3), accept()) as endpoint:
@@ -2740,9 +2740,9 @@ def test_a_full_disk_ends_the_run_in_a_sentence(job, tmp_path):
 # Anything: property-based
 
 anything_goes = hypothesis.settings(
-    max_examples=200 if SLOW else 25, deadline=None,
+    max_examples=200 if SLOW else 15, deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck))
-some = hypothesis.settings(anything_goes, max_examples=200 if SLOW else 12)
+some = hypothesis.settings(anything_goes, max_examples=200 if SLOW else 8)
 texts = st.text(st.characters(exclude_characters="\0"))
 OPTIONS = [
     "--N-max", "--M", "--seconds-first", "--seconds-next", "--seed", "--temperature",

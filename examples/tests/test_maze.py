@@ -225,7 +225,7 @@ class Obedient:
         return c.Clip(world.film(self.maze, [at, end]), 8)
 
 
-@pytest.mark.parametrize("video_input", ["frames", "video_url"])
+@pytest.mark.parametrize("video_input", ["frames", pytest.param("video_url", marks=slow)])
 def test_the_loop_solves_mazes_with_a_generator_that_heeds_corrections(url, video_input):
     for maze in mazes(2, 3, seed=5):
         vgm = Obedient(maze)

@@ -2448,7 +2448,11 @@ def test_without_a_key_no_clip_is_made_after_a_stop(job, tmp_path, monkeypatch, 
     replies = [said(plan())]
     monkeypatch.setenv("GEMINI_API_KEY", "sk-not-a-secret")
     monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda *_: replies.pop(0))
-    monkeypatch.setattr(Mine, "__call__", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def stopped(*request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mine, "__call__", stopped)
     assert c.main(Mine, job) == 130
     monkeypatch.undo()
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)

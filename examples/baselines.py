@@ -3,16 +3,16 @@ its routing of whole samples (A.5). Each method is a class, used like CollabVR:
 
     result = METHODS["pass4"](Models(vgm, vlm), Config()).run(I0, q)
 
-| name     | class    | clips                                       | VLM calls                     |
-|----------|----------|---------------------------------------------|-------------------------------|
-| single   | Single   | 1, seed 1                                   | 0                             |
-| pass2, 4 | Pass2, 4 | k, seeds 1..k                               | 1 picker                      |
-| videotpo | VideoTPO | 5, seeds 1 2 1 2 1                          | 2 critics                     |
-| preplan  | Preplan  | 1 a milestone, at most N_max                | 1 planner                     |
-| m1       | M1       | 1 a step                                    | 1 planner a step              |
-| m2       | M2       | M at most; the router may add one           | 1 verifier a clip, and router |
-| routed   | Routed   | 1 for all; perhaps those of CollabVR        | 1 router, and CollabVR's      |
-| collabvr | CollabVR | the method itself                           |                               |
+| name     | class    | clips                                   | VLM calls                     |
+|----------|----------|-----------------------------------------|-------------------------------|
+| single   | Single   | 1, seed 1                               | 0                             |
+| pass2, 4 | Pass2, 4 | k, seeds 1..k                           | 1 picker                      |
+| videotpo | VideoTPO | 5, seeds 1 2 1 2 1                      | 2 critics                     |
+| preplan  | Preplan  | 1 a milestone, at most N_max            | 1 planner                     |
+| m1       | M1       | 1 a step                                | 1 planner a step              |
+| m2       | M2       | M at most; the router may add one       | 1 verifier a clip, and router |
+| routed   | Routed   | 1 for all; perhaps those of CollabVR    | 1 router, and CollabVR's      |
+| collabvr | CollabVR | the method itself                       |                               |
 
 Every clip counts in the cost. Where nothing is verified, the status is "unverified".
 """
@@ -25,7 +25,17 @@ from typing import Annotated, Literal
 from pydantic import Field, create_model, field_validator
 
 import collabvr
-from collabvr import Attempt, CollabVR, Config, History, Models, Reply, Result, Word, concat
+from collabvr import (
+    Attempt,
+    CollabVR,
+    Config,
+    History,
+    Models,
+    Reply,
+    Result,
+    Word,
+    concat,
+)
 
 
 class Single(CollabVR):

@@ -66,8 +66,10 @@ class Cosmos(Wan):
         return pipe
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
-        """A clip of 4k + 1 frames, 5 at least: 81 for 5 s. Raises ValueError if it is not finite or the
-        guardrail refuses, and what diffusers raises."""
+        """A clip of 4k + 1 frames, 5 at least: 81 for 5 s.
+
+        Raises ValueError if it is not finite or the guardrail refuses, and what diffusers raises.
+        """
         import torch
 
         width, height = at_480p(frame.shape[1], frame.shape[0])

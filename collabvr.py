@@ -785,6 +785,9 @@ def base_url(url: str) -> str:
         raise ValueError("a base URL starts with http:// or https://: http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("a base URL has no user, password or query; keys go into the environment")
+    parts.hostname.encode("idna")  # raises a ValueError for what can be no host
+    if re.search(r"\s", url):
+        raise ValueError("a base URL has no blanks")
     return url
 
 
@@ -955,7 +958,8 @@ def read_completion(body: str) -> dict:
         thought = message.get("reasoning") or message.get("reasoning_content")
         refusal = message.get("refusal")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return {**answer, "fault": f"the endpoint sent no chat completion, but {clean(body)[:300]}"}
+        sent = clean(body)[:300] or "nothing"
+        return {**answer, "fault": f"the endpoint sent no chat completion, but {sent}"}
     answer["text"] = text
     if refusal:
         answer["fault"] = f"refused: {refusal}"
@@ -1176,23 +1180,30 @@ class RecordedModels(Models):
         super().__init__(vgm, vlm, seed)
         self.folder = Path(folder)
         self.facts: dict = {}  # more entries for start.json and trace.json; set before the run
-        (self.folder / "clips").mkdir(parents=True, exist_ok=True)
-        for path in [*self.folder.iterdir(), *(self.folder / "clips").iterdir()]:
-            kind = path.lstat()
-            ordinary = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
-            if not ordinary and not stat.S_ISDIR(kind.st_mode):  # a link may lead anywhere
-                raise Problem(f"{path} is a link, or no ordinary file: {ANOTHER}.")
-        lock = self.folder.resolve() / "lock"
-        self.lock = filelock.FileLock(lock, is_singleton=True)  # this process may open it twice
-        with explained(f"{self.folder} is in use by another run", filelock.Timeout):
-            self.lock.acquire(blocking=False)
-        recorded = self.read_calls()
+        with explained(f"{self.folder} cannot be used as a run folder", OSError):
+            self.check_folder()
+            lock = self.folder.resolve() / "lock"
+            self.lock = filelock.FileLock(lock, is_singleton=True)  # this process may open it twice
+            with explained(f"{self.folder} is in use by another run", filelock.Timeout):
+                self.lock.acquire(blocking=False)
+            recorded = self.read_calls()
         names = [call.clip for call in recorded if call.clip]
         self.clips = max(map(number_in, names), default=0)  # the number of the newest clip
         while recorded and recorded[-1].failed:  # the last run ended with them: tried again
             recorded.pop()
         self.recorded = {call.request: call for call in recorded}
         self.requests: Counter[str] = Counter()  # of this run
+
+    def check_folder(self) -> None:
+        """Raises Problem if something in the folder would be written through, or waited for."""
+        clips = self.folder / "clips"
+        clips.mkdir(parents=True, exist_ok=True)
+        for path in [*self.folder.iterdir(), *clips.iterdir()]:
+            kind = path.lstat()
+            file = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
+            folder = stat.S_ISDIR(kind.st_mode) and not path.suffix  # none called video.mp4
+            if not (file or folder):
+                raise Problem(f"{path} is a link, or no ordinary file: {ANOTHER}.")
 
     def read_calls(self) -> list[Call]:
         """The lines of calls.jsonl. A last line that a power cut tore is dropped."""
@@ -1208,7 +1219,7 @@ class RecordedModels(Models):
         if not torn.strip():
             return calls
         if not torn.startswith(b"{"):
-            raise Problem(f"{path} does not end with a call: {ANOTHER}.")
+            raise Problem(f"{path} does not end with a call: delete its last line, or {ANOTHER}.")
         try:
             calls.append(Call.model_validate_json(torn))
         except ValueError:
@@ -1437,6 +1448,8 @@ class Command(Generic[VGM]):
             self.task.encode()
         if not 0 <= self.seed < 2**62:
             raise Problem(f"--seed is {self.seed}: it must be 0 or more, and below 2 to the 62nd.")
+        if self.out == Path():
+            raise Problem("--out is empty, or the current folder: a run needs one of its own.")
         I0 = load_image(self.image)
         out = self.out
         if out is None:

@@ -2518,6 +2518,8 @@ XT = ["--image", "X", "--task", "t"]  # X becomes the picture
     ([*XT, "--vlm-url", "http://user:secret@example.org/v1"], "no user, password or query"),
     ([*XT, "--vlm-url", "http://example.org/v1?key=secret"], "no user, password or query"),
     ([*XT, "--vlm-url", "http://[::1/v1"], "vlm_url"),
+    ([*XT, "--vlm-url", "http://local..host/v1"], "vlm_url"),
+    ([*XT, "--vlm-url", "http://a b/v1"], "no blanks"),
 ])
 def test_bad_input_is_told_so(argv, told, job, capsys, picture, tmp_path, monkeypatch):
     """Exit status 2, no traceback, nothing written."""
@@ -2526,6 +2528,27 @@ def test_bad_input_is_told_so(argv, told, job, capsys, picture, tmp_path, monkey
     sentence = refused(capsys, [picture if word == "X" else word for word in argv] + out)
     assert told in sentence and "secret" not in sentence and not MADE
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["", ".", "x.png", "x.png/run"])
+def test_a_folder_that_cannot_be_used_is_told_so(job, capsys, out, tmp_path, monkeypatch):
+    """In a sentence that names it."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    argv = swapped([*job, "--vlm-url", "http://127.0.0.1:1/v1"], "--out", out)
+    assert c.main(Mine, argv) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    expected = f"{out} cannot be used as a run folder" if len(out) > 1 else "needs one of its own"
+    assert told.startswith("collabvr: ") and expected in told
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "trace.json", "calls.jsonl", "lock"])
+def test_a_folder_in_a_files_place_is_refused(tmp_path, name):
+    """Before anything is paid for."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(c.Problem, match="no ordinary file|cannot be used as a run folder"):
+        c.RecordedModels(None, None, tmp_path)
 
 
 @pytest.mark.parametrize("argv, told", [

@@ -376,10 +376,10 @@ def test_the_readmes_ten_lines_run_as_they_stand(tmp_path):
     text = (ROOT / "examples" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(import sys\n.*?vgm=Fade.*?)```", text, re.DOTALL)
     assert len([x for x in code.splitlines() if x.strip()]) <= 10
-    (tmp_path / "mine.py").write_text(code)
-    command = re.search(r"python mine.py (.*)", text)[1].split()
+    (tmp_path / "fade.py").write_text(code)
+    command = re.search(r"python fade.py (.*)", text)[1].split()
     write_jsonl(tmp_path, 6).rename(tmp_path / "six.jsonl")
-    done = subprocess.run([sys.executable, "mine.py", *command], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, "fade.py", *command], cwd=tmp_path, text=True,
                           check=False, capture_output=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and "6 done, 0 failed" in done.stdout, done.stderr

@@ -86,7 +86,7 @@ class Config:
     seconds_next: Annotated[float, Field(gt=0, le=600)] = 3.0  # clips of later steps (A.1)
 
     def seconds(self, t: int) -> float:
-        """The length of all clips of step t: of re-generations, the paper is silent. [D8]"""
+        """The length of each attempt at step t. The paper is silent on re-generations. [D8]"""
         return self.seconds_first if t == 1 else self.seconds_next
 
     def worst_case(self) -> tuple[int, float, int]:
@@ -452,7 +452,7 @@ class FirstPlan(Plan):  # while H is empty [D1]
 VERIFIER = """\
 You check one clip that an image-to-video generator made for one planned action of a longer task.
 You get the task prompt, the input image, what came of the steps before, the action with its target
-state, and the clip. Where a correction at the action's end contradicts the rest, it counts.
+state, and the clip. If a correction at the action's end contradicts the rest, the correction holds.
 
 - Judge the planned action only: does the right thing start to move or change, in the right way and
   direction, and does the clip end in agreement with the plan, even if short of the target state?
@@ -743,7 +743,7 @@ def find_object(text: str) -> dict:
 
 
 def cut_out(text: str) -> str:
-    """Of thoughts, words and an object: from the object's { to the last }."""
+    """The object in a reply of thoughts and words: from its { to the last }."""
     answer = text.rpartition("</")[2]  # a thought ends with a closing tag
     before, brace, rest = answer.partition("{")
     if "<" in before:
@@ -1169,8 +1169,8 @@ ANOTHER = "choose another folder (--out)"
 class RecordedModels(Models):
     """Models that write each call into a folder, and never make one that the folder answers.
 
-    A recorded call answers a request if its role, its contents (a seed, too) and the model's
-    settings are equal; if a run makes equal requests, the second call answers the second one.
+    A recorded call answers a request if role, contents (a clip's seed among them) and the model's
+    settings are equal. Of equal requests in one run, the second call answers the second.
     The folder contains calls.jsonl (a line per call), clips/ (every clip, lossless), input.png,
     start.json and, after `save`, video.mp4 and trace.json. Raises Problem for a folder that
     another process uses, or that is damaged.
@@ -1189,7 +1189,7 @@ class RecordedModels(Models):
             recorded = self.read_calls()
         names = [call.clip for call in recorded if call.clip]
         self.clips = max(map(number_in, names), default=0)  # the number of the newest clip
-        while recorded and recorded[-1].failed:  # the last run ended with them: tried again
+        while recorded and recorded[-1].failed:  # they ended the last run: try again
             recorded.pop()
         self.recorded = {call.request: call for call in recorded}
         self.requests: Counter[str] = Counter()  # of this run

@@ -97,10 +97,12 @@ def test_what_cannot_be_trained_gets_one_sentence_and_status_2(argv, said, tmp_p
 
 
 @slow
-def test_a_training_goes_on_where_it_stopped_and_its_decoder_can_be_widened(tmp_path, capsys):
+def test_a_training_goes_on_where_it_stopped_and_its_decoder_can_be_widened(
+        tmp_path, capsys, monkeypatch):
     """All five stages, each for a moment; then the third alone, in two starts."""
+    monkeypatch.setattr(train, "PART", 2)  # batches in a file of latents
     first, second = tmp_path / "first", tmp_path / "second"
-    argv = ["--work", str(first), "--minutes", "0.1", "--check-clips", "2"]
+    argv = ["--work", str(first), "--minutes", "0.1", "--check-clips", "1"]
     assert train.main(argv) == 0
     said = capsys.readouterr().out
     assert "Unseen clips that come out right" in said and "circle and goal" in said

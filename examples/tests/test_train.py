@@ -1,5 +1,6 @@
 """Tests of maze/train.py: the wider decoder, its figures, and a whole training in small."""
 
+import itertools
 import json
 import os
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from examples import common
-from examples.maze import foreign, train, world
+from examples.maze import train, world
 
 slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
 
@@ -48,11 +49,24 @@ def test_colours_of_no_list_can_be_told_apart_and_many_are_pure():
     assert 0.3 < np.isin(channels, [0, 255]).mean() < 0.6
 
 
-def test_pieces_of_a_clip_are_whole_and_four_at_most():
+def test_pieces_of_a_clip_are_whole():
     clip = torch.arange(17.0).view(1, 1, 17, 1, 1)
     for length, first, starts in (1, 6, [6, 7, 8, 9]), (5, 2, [2, 7, 12]), (17, 0, [0]):
-        cut = train.pieces(clip, length, first).flatten(1)
+        cut = train.pieces(clip, length, first, len(starts)).flatten(1)
         assert cut.tolist() == [list(range(k, k + length)) for k in starts]
+
+
+def test_unseen_clips_are_of_their_kind():
+    for kind in train.KINDS:
+        for x in itertools.islice(train.unseen(kind, 0), 30):
+            assert ("Correction" in x.prompt) == (kind == "evolved moves"), x.prompt
+            if "segment" in kind:
+                assert len(world.segments(x.path)) == int(kind[0])
+                assert x.path[-1] == x.maze.goal
+            else:
+                begin, end = x.path
+                assert begin[0] == end[0] or begin[1] == end[1]
+                assert any(word in x.prompt for word in world.MOVES), x.prompt
 
 
 def test_a_pale_circle_costs_more_than_a_rough_one():
@@ -65,25 +79,62 @@ def test_a_pale_circle_costs_more_than_a_rough_one():
     assert costs[0] == pytest.approx(costs[1] + 0.1, rel=0.01)
 
 
+@torch.no_grad()
+def test_a_pale_floor_that_comes_out_white_costs_something_and_white_that_does_nothing():
+    torch.manual_seed(0)
+    vae = train.new_vae().to(train.DEVICE)
+    vae.decoder.conv_out.bias += 3  # everything is far too bright
+    latents = torch.zeros(1, 16, 2, 2, 2, device=train.DEVICE)
+    target = torch.full((1, 3, 5, 16, 16), 0.9, device=train.DEVICE)
+    target[..., 8:] = 1
+    assert (vae.decode(latents).sample == 1).all()
+    error = train.decoded(vae, latents, target) - target
+    assert error[..., :8].min() > 1 and error[..., 8:].abs().max() == 0
+    target[..., 8:] = -1
+    assert (train.decoded(vae, latents, target)[..., 8:] == 1).all()
+
+
+def test_a_stage_is_trained_no_further_once_a_later_one_has_begun(tmp_path):
+    settings = train.Train(work=tmp_path)
+
+    def steps(name):
+        module = torch.nn.Linear(1, 1)
+        stage = settings.stage(name, module, [train.adam(module.parameters(), 1e-3)], 5)
+        taken = 0
+        for _ in stage.steps():
+            stage.step(module(torch.ones(1)).sum())
+            taken += 1
+        return taken
+
+    assert steps("vae") == 5 and steps("vae") == 0
+    settings.minutes = 0.02
+    assert steps("vae-crops") > 0
+    settings.minutes = 60
+    assert steps("vae") == 0
+
+
 def test_colour_errors_are_levels_of_circle_and_goal():
     """A VAE that makes everything grey is off by as much as the colours differ from grey."""
     def encode(x):
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
 
-    vae = SimpleNamespace(encode=encode, decode=lambda z: SimpleNamespace(sample=0 * z))
-    found = train.colour_errors(vae, 3, 8)
-    for i, off in enumerate(found):
-        look = foreign.foreign(i, 3)[0].look
-        expected = np.abs(np.array([look.circle, look.goal]) - 127.5).mean()
-        assert off == pytest.approx(expected, abs=4), f"maze {i}, {look}"
-    vae.decode = lambda z: SimpleNamespace(sample=z)
-    assert train.colour_errors(vae, 3, 8) == [0] * 8
+    vae = SimpleNamespace(encode=encode)
+    for pictures in train.foreign_pictures(3, 8), train.own_pictures(3, 8):
+        vae.decode = lambda z: SimpleNamespace(sample=0 * z)
+        for off, (maze, _) in zip(train.colour_errors(vae, pictures), pictures, strict=True):
+            look = maze.look
+            expected = np.abs(np.array([look.circle, look.goal]) - 127.5).mean()
+            assert off == pytest.approx(expected, abs=4), look
+        vae.decode = lambda z: SimpleNamespace(sample=z)
+        assert train.colour_errors(vae, pictures) == [0] * 8
 
 
 @pytest.mark.parametrize("argv, said", [
     (["--widen", "{}"], "is no diffusers folder"),
     (["--widen", "{}", "--check"], "does not go with --widen"),
+    (["--widen", "{}", "--out", "{}"], "--widen would overwrite"),
     (["--check", "--out", "{}"], "is no diffusers folder"),
+    (["--check", "--check-clips", "0"], "--check needs clips"),
     (["--minutes", "0"], "--minutes must be more than 0"),
     (["--vae-iterations", "0"], "--vae-iterations must be at least 1"),
 ])
@@ -105,7 +156,7 @@ def test_a_training_goes_on_where_it_stopped_and_its_decoder_can_be_widened(
     argv = ["--work", str(first), "--minutes", "0.1", "--check-clips", "1"]
     assert train.main(argv) == 0
     said = capsys.readouterr().out
-    assert "Unseen clips that come out right" in said and "circle and goal" in said
+    assert "Unseen clips that come out right" in said and "PSNR" in said
     stages = sorted(path.name for path in first.glob("*.pt"))
     assert stages == ["decoder.pt", "denoiser.pt", "latents-000.pt", "vae-crops.pt", "vae.pt"]
     times = [path.stat().st_mtime for path in sorted(first.glob("latents-*.pt"))]
@@ -117,14 +168,15 @@ def test_a_training_goes_on_where_it_stopped_and_its_decoder_can_be_widened(
     widen = ["--widen", str(made), "--check-clips", "0"]
     for iterations in 1, 2:
         assert train.main([*widen, "--work", str(second), "--vae-iterations", str(iterations)]) == 0
-        assert torch.load(second / "decoder.pt", weights_only=True)["i"] == iterations
+        assert torch.load(second / "widened.pt", weights_only=True)["i"] == iterations
     wide = train.load(second / "tiny-wan")
     assert wide.vae.config.decoder_base_dim == 64
     assert torch.equal(parameters(wide.vae.encoder), parameters(train.load(made).vae.encoder))
     assert torch.equal(parameters(wide.transformer), parameters(train.load(made).transformer))
 
     capsys.readouterr()
-    assert train.main([*widen, "--work", str(first)]) == 2, "not on another's decoder"
+    again = ["--widen", str(second / "tiny-wan"), "--work", str(second), "--check-clips", "0"]
+    assert train.main([*again, "--out", str(tmp_path / "third")]) == 2, "not on another's decoder"
     assert "Name another --work" in capsys.readouterr().err
 
 
@@ -136,7 +188,7 @@ def test_another_encoder_s_decoder_is_not_continued(tmp_path, capsys):
     other = train.widened(train.load(train.SHIPPED).vae, 0)
     for p in other.encoder.parameters():
         p.data += 0.01
-    train.vae_stage(settings, "decoder", other, other.decoder, 1e-3, train.colour_batch,
+    train.vae_stage(settings, "widened", other, other.decoder, 1e-3, train.colour_batch,
                     lambda *_: 1)
     assert train.main(argv) == 2
     assert "is of another encoder. Name another --work." in capsys.readouterr().err

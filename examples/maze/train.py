@@ -15,7 +15,7 @@ text encoder and scheduler classes, only very small. There are five stages:
 5. denoiser   the transformer and the text encoder learn rectified flow on it
 
 The same command goes on where it was stopped; two minutes are lost at most. In the end the result
-is compared with the shipped one, on 500 clips from each (`--check-clips`): another half an hour on
+is compared with the shipped one, on 500 clips from each (`--check-clips`): some 50 minutes more on
 two cores. A CUDA GPU is used if there is one; its batches are larger (`--scale`), and other
 processes draw the clips (`--workers`).
 
@@ -131,7 +131,7 @@ def any_colour(rng: np.random.Generator) -> list[int]:
 
 
 def mixed_look(rng: np.random.Generator) -> world.Look:
-    """Any colours in every other maze, and `training_look`'s, which are forgotten otherwise."""
+    """Half `any_look`, half `training_look`: without it the palettes are forgotten."""
     return any_look(rng) if rng.random() < 0.5 else training_look(rng)
 
 
@@ -474,6 +474,11 @@ def pieces(x: torch.Tensor, length: int, first: int, count: int) -> torch.Tensor
     return torch.cat(x[:, :, first : first + count * length].split(length, 2))
 
 
+def round_trip(vae, x: torch.Tensor) -> torch.Tensor:
+    """Videos (B, 3, T, H, W), encoded and decoded."""
+    return vae.decode(vae.encode(x).latent_dist.mode()).sample
+
+
 def reconstruction(error: torch.Tensor, weight: torch.Tensor, things: torch.Tensor) -> torch.Tensor:
     """The loss of a reconstruction. `things` (circle and goal) also count by the mean colour of
     their part in each block of 8 x 8, because a pale circle is worse than a rough one."""
@@ -662,7 +667,7 @@ def compress(vae, films: torch.Tensor, prompts: list[str], seed: int) -> dict:
     x = video(films)
     first = x[:, :, :1].clone()
     half = len(x) // 2
-    worn = vae.decode(vae.encode(first[:half]).latent_dist.mode()).sample
+    worn = round_trip(vae, first[:half])
     noise = torch.randn(worn.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     first[:half] = (worn + 0.03 * noise).clamp(-1, 1)
     condition = torch.cat([first, torch.zeros_like(x[:, :, 1:])], 2)
@@ -865,7 +870,7 @@ def colour_errors(vae, pictures: list[Picture]) -> list[float]:
     errors = []
     for maze, picture in pictures:
         x = video(torch.from_numpy(picture)[None, None])
-        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        y = round_trip(vae, x)
         error = 127.5 * (y - x)[0, :, 0].reshape(3, len(maze.open), world.CELL, -1, world.CELL)
         middles = error[:, :, 5:-5, :, 5:-5].mean((2, 4))  # (3, n, n): the middle 6 x 6 of a cell
         circle, goal = (middles[:, row, column] for row, column in (maze.start, maze.goal))
@@ -881,7 +886,7 @@ def psnr(vae, seed: int, count: int) -> list[float]:
         clip = example(SIZES[k % len(SIZES)], np.random.default_rng([seed, 2, k]))
         films, _ = drawn([clip])
         x = video(films)
-        error = (vae.decode(vae.encode(x).latent_dist.mode()).sample - x) / 2
+        error = (round_trip(vae, x) - x) / 2
         ratios.append(-10 * math.log10(error.square().mean().item()))
     return ratios
 
@@ -946,8 +951,9 @@ class Train:
     clips: int = 5000  # in the data set of latents, times scale
     iterations: int = 5000  # of stage 5
     scale: int = 8 if CUDA else 1  # batches are so many times as large
-    workers: int = max(0, min(14, (os.cpu_count() or 2) - 2)) if CUDA else 0  # they draw clips
-    seed: int = 0
+    # processes that draw clips
+    workers: int = max(0, min(14, (os.cpu_count() or 2) - 2)) if CUDA else 0
+    seed: int = 0  # of the clips and of the first weights
     sampling_steps: int = 12  # denoising steps of the comparison
 
     def __post_init__(self):
@@ -964,9 +970,10 @@ class Train:
     def stage(self, name: str, modules, optimizers: list, iterations: int) -> Stage:
         """It goes on from its checkpoint, but not any more once a later stage has begun on it."""
         path = self.work / f"{name}.pt"
-        names = [*SHARES, "widened"]
-        later = names[names.index(name) + 1 :]
-        over = path.exists() and any(list(self.work.glob(f"{stage}*.pt")) for stage in later)
+        names = list(SHARES)
+        later = names[names.index(name) + 1 :] if name in SHARES else []  # "widened" stands alone
+        begun = [stage for stage in later if list(self.work.glob(f"{stage}*.pt"))]
+        over = path.exists() and bool(begun)
         return Stage(path, modules, optimizers, iterations, self.seconds(name), over)
 
     def run(self) -> int:

@@ -106,6 +106,7 @@ def test_a_stage_is_trained_no_further_once_a_later_one_has_begun(tmp_path):
             taken += 1
         return taken
 
+    assert steps("widened") == 5, "which stands alone"
     assert steps("vae") == 5 and steps("vae") == 0
     settings.minutes = 0.02
     assert steps("vae-crops") > 0

@@ -53,15 +53,16 @@ from collabvr import (
 )
 from examples.baselines import METHODS
 from examples.bench.samples import Sample, places, samples
-from examples.common import guarded, needed, program, read_json, read_lines, write_lines
+from examples.cli import guarded, needed, program
+from examples.runs import read_json, read_lines, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS = {  # those that --generator names, imported when one is asked for
     "wan": ("collabvr", "Wan"),
-    "fast_wan": ("examples.generators.fast_wan", "FastWan"),
-    "served": ("examples.generators.served", "Served"),
-    "veo": ("examples.generators.veo", "Veo"),
-    "cosmos": ("examples.generators.cosmos", "Cosmos"),
+    "fast_wan": ("examples.models.fast_wan", "FastWan"),
+    "served": ("examples.models.served", "Served"),
+    "veo": ("examples.models.veo", "Veo"),
+    "cosmos": ("examples.models.cosmos", "Cosmos"),
 }
 VGM, VLM = TypeVar("VGM"), TypeVar("VLM")
 

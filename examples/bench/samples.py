@@ -31,7 +31,8 @@ import av
 from PIL import Image
 
 from collabvr import Problem, explained
-from examples.common import needed, read_lines
+from examples.cli import needed
+from examples.runs import read_lines
 
 LAYOUTS = (
     "VBVR-Bench (VBVR-Bench.json or folders with first_frame.png and prompt.txt), Gen-ViRe (hub "

@@ -27,16 +27,9 @@ from pydantic import FiniteFloat, TypeAdapter
 
 import collabvr
 from collabvr import Problem, explained, write_file
-from examples.common import (
-    Run,
-    Table,
-    command,
-    inside,
-    load_run,
-    needed,
-    paired,
-    read_lines,
-)
+from examples.cli import command, needed
+from examples.runs import Run, inside, load_run, read_lines
+from examples.stats import Table, paired
 
 MEASURES = {  # of a sample, and what they are called
     "video": "video",  # shares are 0 or 1

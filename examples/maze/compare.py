@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import collabvr
 from collabvr import Call, CollabVR, Config, Models, OpenAIVLM, Problem, Wan
-from examples import baselines, common
+from examples import baselines, cli, stats
 from examples.maze import figures, foreign, vlm, world
 from examples.maze.run import CONFIG, VLM, WAN
 
@@ -231,13 +231,13 @@ class Compare:
                     values = [each[name] for each in some]
                     row[name] = float(np.mean(values))
                     if name == "solved":
-                        row["solved_ci"] = common.wilson(values)
+                        row["solved_ci"] = stats.wilson(values)
                     else:
-                        row[f"{name}_ci"] = common.bootstrap(np.mean, values)
+                        row[f"{name}_ci"] = stats.bootstrap(np.mean, values)
                 found.append(row)
         return found
 
-    def solved(self, rows: list[dict]) -> common.Table:
+    def solved(self, rows: list[dict]) -> stats.Table:
         """Cost and solved share by number of segments, as the paper's Tables 1 and 3."""
         heads = [
             "foreign" if k == "foreign" else f"{k} segment{'' if k == '1' else 's'}"
@@ -250,12 +250,12 @@ class Compare:
             line: list = [method, f"{np.mean([row['vgm_seconds'] for row in mine]):.1f}"]
             for segments in (*self.segments, "all"):
                 some = self.of(rows, method, segments)
-                line.append(common.percent(row["solved"] for row in some))
+                line.append(stats.percent(row["solved"] for row in some))
             line.append(float(np.mean([row["score"] for row in mine])))
             lines.append(line)
-        return common.Table("", head, lines)
+        return stats.Table("", head, lines)
 
-    def statistics(self, rows: list[dict]) -> common.Table:
+    def statistics(self, rows: list[dict]) -> stats.Table:
         """mean / standard deviation / median / range of what a run took: Table 10."""
         names = ["steps", "regenerations", "clips", "vlm_calls", "vgm_seconds"]
         lines = []
@@ -266,9 +266,9 @@ class Compare:
                 spread = f"{x.mean():.2f} / {x.std():.2f} / {np.median(x):g}"
                 line.append(f"{spread} / {x.min():g}-{x.max():g}")
             lines.append(line)
-        return common.Table("", ["method", *names], lines)
+        return stats.Table("", ["method", *names], lines)
 
-    def exhaustion(self, rows: list[dict]) -> common.Table:
+    def exhaustion(self, rows: list[dict]) -> stats.Table:
         """What became of steps with M rejections; and the differences from the first method."""
         first = self.methods[0]
         head = ["method", "such mazes", "solved of them", "route: next clip accepted",
@@ -285,11 +285,11 @@ class Compare:
             line = [method, len(hit), f"{sum(row['solved'] for row in hit):.0f}",
                     ", ".join(accepted)]
             for name in ("solved", "vgm_seconds"):
-                mean, low, high = common.paired(
+                mean, low, high = stats.paired(
                     [row[name] for row in base], [row[name] for row in mine])
                 line.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
             lines.append(line)
-        return common.Table("", head, lines)
+        return stats.Table("", head, lines)
 
 
 def recorded(path: Path) -> list[dict]:
@@ -304,7 +304,7 @@ def recorded(path: Path) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command(__doc__, Compare, argv)
+    return cli.command(__doc__, Compare, argv)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from examples import common
+from examples import cli
 from examples.baselines import METHODS
 
 
 def draw(table: list[dict], out: Path) -> None:
     """Score against cost (Fig. 2); and of what was run, the budgets (Fig. 13), the supervisors."""
-    common.needed("matplotlib").use("Agg")
+    cli.needed("matplotlib").use("Agg")
     rows = {row["method"]: row for row in table if row["segments"] == "all"}
     points(rows, METHODS, "Score and cost", out / "score-cost.png")
     points(rows, ["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors",

@@ -25,7 +25,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 import collabvr
-from examples import common
+from examples import cli, runs
 from examples.maze import rule, vlm, world
 from examples.report import pages
 
@@ -81,7 +81,7 @@ def run(argv: list[str] | None) -> int:
     import tyro
 
     options, others = tyro.cli(
-        Options, description=__doc__, args=argv, prog=common.program(), return_unknown_args=True)
+        Options, description=__doc__, args=argv, prog=cli.program(), return_unknown_args=True)
     # the picture waits elsewhere: only collabvr.main knows whether the run folder may be used
     with tempfile.TemporaryDirectory() as drawings, vlm.serve() as server:
         job = prepare(options, Path(drawings))
@@ -93,7 +93,7 @@ def run(argv: list[str] | None) -> int:
         finally:  # also when an option is wrong: a server that was closed only would spin
             server.shutdown()
     if status == 0 and job.maze is not None:
-        collabvr.show({"by rule": rule.verdict(common.load_run(job.out).frames(), job.maze)})
+        collabvr.show({"by rule": rule.verdict(runs.load_run(job.out).frames(), job.maze)})
     if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():
         collabvr.show({"page": collabvr.clean(str(pages.write(job.out)))})
     return status
@@ -101,7 +101,7 @@ def run(argv: list[str] | None) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status of collabvr.main; 2 with a sentence if the picture is no maze."""
-    return common.guarded(lambda: run(argv))
+    return cli.guarded(lambda: run(argv))
 
 
 if __name__ == "__main__":

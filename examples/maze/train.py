@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from collabvr import Problem
-from examples import common
+from examples import cli, stats
 from examples.maze import foreign, world
 
 SHIPPED = Path(__file__).parent / "tiny-wan"
@@ -901,23 +901,23 @@ def evaluate(pipe, name: Path, settings: Train) -> dict[str, list[bool]]:
     return found
 
 
-def comparisons(folder: Path, settings: Train) -> list[common.Table]:
+def comparisons(folder: Path, settings: Train) -> list[stats.Table]:
     """This checkpoint beside the shipped one: unseen clips that come out right, and the VAE."""
     pipes = load(folder), load(SHIPPED)
     mine, shipped = (evaluate(pipe, name, settings)
                      for pipe, name in zip(pipes, (folder, SHIPPED), strict=True))
     rows = []
     for kind in KINDS:
-        mean, low, high = common.paired(shipped[kind], mine[kind])
+        mean, low, high = stats.paired(shipped[kind], mine[kind])
         points = f"{100 * mean:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
-        rows.append([kind, common.percent(mine[kind]), common.percent(shipped[kind]), points])
+        rows.append([kind, stats.percent(mine[kind]), stats.percent(shipped[kind]), points])
     sample = f"seed {settings.seed}, n = {settings.check_clips}"
-    clips = common.Table(
+    clips = stats.Table(
         f"Unseen clips that come out right ({sample} each, 95 %)",
         ["kind", str(folder), "shipped", "difference, points"], rows)
 
     def row(name: str, measure: Callable) -> list[str]:
-        return [name, *(common.estimate(np.mean, measure(pipe.vae), digits=1) for pipe in pipes)]
+        return [name, *(stats.estimate(np.mean, measure(pipe.vae), digits=1) for pipe in pipes)]
 
     seed, count = settings.seed, settings.check_clips
     rows = [
@@ -927,7 +927,7 @@ def comparisons(folder: Path, settings: Train) -> list[common.Table]:
             lambda vae: colour_errors(vae, own_pictures(seed, count))),
         row("clips: PSNR, dB", lambda vae: psnr(vae, seed, count)),
     ]
-    through = common.Table(
+    through = stats.Table(
         f"After encoding and decoding ({sample} each, 95 %; colours: of circle and goal)",
         ["", str(folder), "shipped"], rows)
     return [clips, through]
@@ -1028,7 +1028,7 @@ class Train:
 
 
 def main(argv=None) -> int:
-    return common.command(__doc__, Train, argv)
+    return cli.command(__doc__, Train, argv)
 
 
 if __name__ == "__main__":

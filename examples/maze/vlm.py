@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import collabvr
-from examples import common
+from examples import cli
 from examples.maze import world
 
 MODEL = "maze-reader"
@@ -405,7 +405,7 @@ class Serve:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command(__doc__, Serve, argv)
+    return cli.command(__doc__, Serve, argv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 import collabvr
-from examples import common
+from examples import cli
 from examples.report.pages import write
 
 
@@ -33,7 +33,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 after bad input and 130 after an interruption, with a sentence on stderr."""
-    return common.command(__doc__, Report, argv)
+    return cli.command(__doc__, Report, argv)
 
 
 if __name__ == "__main__":

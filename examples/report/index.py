@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from examples import common
-from examples.common import Run
+from examples import runs
 from examples.report import markup
 from examples.report.markup import Html, number, tag
 from examples.report.page import meaning, vlm_calls
+from examples.runs import Run
 
 ROWS = 200  # shown at a time
 HEIGHT = 72  # pixels of a thumbnail
@@ -61,7 +61,7 @@ def line(row: Row, heads: list[str], hidden: bool) -> Html:
         "img", src=row.thumbnail, alt="Input and video", height=HEIGHT, loading="lazy")
     numbers = {"VGM seconds": run.cost()["vgm_seconds"], "VLM calls": vlm_calls(run),
                "Score": run.facts.get("score", "")}  # a run without one sorts as 0
-    order = [*common.STATUS, run.status].index(run.status)
+    order = [*runs.STATUS, run.status].index(run.status)
     return tag(
         "tr",
         tag("td", tag("a", row.name, href=row.page), thumbnail,

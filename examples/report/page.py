@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import collabvr
 from collabvr import Call, Clip
-from examples import common
-from examples.common import Run
+from examples import runs
 from examples.maze import rule
 from examples.maze.vlm import MODEL
 from examples.report import markup
 from examples.report.markup import Html, figure, listed, number, tag
+from examples.runs import Run
 
 ROUTES = {
     "regen": "the good part is kept, the rest generated again",
@@ -49,9 +49,9 @@ def page(run: Run, index: str | None = None, mark: str = "") -> str:
     ], markup.PLAYERS, mark)
 
 
-def meaning(run: Run) -> common.Status:
+def meaning(run: Run) -> runs.Status:
     """Of a status that is a word of somebody's own method, nothing is known."""
-    return common.STATUS.get(run.status) or common.Status(run.status, "dim", "")
+    return runs.STATUS.get(run.status) or runs.Status(run.status, "dim", "")
 
 
 def elsewhere(run: Run) -> list[str]:

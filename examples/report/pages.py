@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 import collabvr
 from collabvr import Problem, explained
-from examples import common
-from examples.common import Run
+from examples import runs
 from examples.maze import rule, world
 from examples.report import index, markup
 from examples.report import page as page_of
 from examples.report.index import Row
+from examples.runs import Run
 
 # a page is made anew when one of them changes
-SOURCES = [collabvr, common, index, markup, page_of, rule, world]
+SOURCES = [collabvr, runs, index, markup, page_of, rule, world]
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
@@ -40,7 +40,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
         raise Problem(f"There is no run in {folder}: no calls.jsonl and no start.json.")
     if folder in found:
         with explained(f"{folder} cannot be shown", Exception):  # whatever it holds
-            save(out, page_of.page(common.load_run(folder)))
+            save(out, page_of.page(runs.load_run(folder)))
         return out
     refuse_links(out.with_suffix(""), out.parent)
     rows = [row(place, folder, out) for place in tqdm(sorted(found), unit="run", disable=None)]
@@ -58,7 +58,7 @@ def row(place: Path, folder: Path, out: Path) -> Row:
         with explained(f"{place} cannot be shown", Exception):
             refuse_links(page.parent, out.parent)
             mark = mark_of(place)
-            run = common.load_run(place)
+            run = runs.load_run(place)
             if not is_current(page, mark):
                 picture = index.thumbnail(run)
                 if picture:
@@ -81,7 +81,7 @@ def mark_of(place: Path) -> str:
     """
     seen = [code()]
     for name in ("start.json", "trace.json", "calls.jsonl"):
-        path = common.inside(place / name, place)
+        path = runs.inside(place / name, place)
         seen.append(hashlib.sha256(path.read_bytes()).hexdigest() if path else "")
     for path in [place / "input.png", place / "video.mp4", *sorted(place.glob("clips/*"))]:
         if path.exists():

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 
 from collabvr import CollabVR, OpenAIVLM
-from examples import common
+from examples import cli
 from examples.baselines import METHODS
 from examples.supervisor.questions import Ask, Export
 from examples.supervisor.score import Score
@@ -38,7 +38,7 @@ def main(
     Export.methods = METHODS if method is None else {**METHODS, method.__name__: method}
     Export.vlm_type = vlm
     kinds = {"export": Export, "ask": Ask[vlm], "score": Score}  # type: ignore[valid-type]
-    return common.command(__doc__, kinds, argv)
+    return cli.command(__doc__, kinds, argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import collabvr
 from collabvr import Clip
-from examples import common
+from examples import runs
 from examples.report import markup
 from examples.report.markup import Html, tag
 from examples.supervisor import points as files
@@ -62,7 +62,7 @@ def suggested(folder: Path) -> dict[str, set[str]]:
     """What any VLM suggested beside a reject, by the point's id."""
     found: dict[str, set[str]] = {}
     for path in (folder / "replies").glob("*.jsonl"):
-        if common.inside(path, folder):
+        if runs.inside(path, folder):
             for name, d in files.read_replies(path).items():
                 if d and d.get("verdict") == "reject" and d["suggestion"].strip():
                     found.setdefault(name, set()).add(d["suggestion"])

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 import collabvr
 from collabvr import Clip, Problem, explained
-from examples import common
+from examples import runs
 
 # ------------------------------------------------------------------------------
 # Pictures and clips
@@ -47,10 +47,10 @@ def restore(folder: Path, part) -> Any:
     with explained(f"{folder}/points.jsonl names {part}, which is no picture or clip in "
                    f"{folder}/media", Exception):  # whatever it is
         name = part["clip"] if "clip" in part else part["picture"]
-        data = common.inside(folder / "media" / name, folder / "media").read_bytes()
+        data = runs.inside(folder / "media" / name, folder / "media").read_bytes()
         if "clip" in part:
-            return Clip(common.read_frames(data, "matroska"), float(part["fps"]))
-        return common.read_picture(data)
+            return Clip(runs.read_frames(data, "matroska"), float(part["fps"]))
+        return runs.read_picture(data)
 
 
 # ------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def read_objects(path: Path) -> list[dict]:
     """The lines of a file, each an object with an id. Raises Problem."""
     found = []
     with explained(f"{path} cannot be read", OSError):
-        for number, value in common.read_lines(path):
+        for number, value in runs.read_lines(path):
             if not (isinstance(value, dict) and isinstance(value.get("id"), str)):
                 raise Problem(f"{path}, line {number}: no object with an id.")
             found.append(value)

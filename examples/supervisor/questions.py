@@ -22,9 +22,9 @@ from collabvr import (
     Problem,
     RecordedModels,
 )
-from examples import common
+from examples import runs
 from examples.baselines import METHODS
-from examples.common import Run
+from examples.runs import Run
 from examples.supervisor import points as files
 from examples.supervisor.label import write_page
 
@@ -112,14 +112,14 @@ class Export:
                 replies.append({"id": id, "reply": reply.model_dump()})
         if not points:
             raise Problem(f"{self.runs} holds no finished run that asked a planner or verifier.")
-        common.write_lines(self.out / "points.jsonl", points)
-        common.write_lines(self.out / "replies" / "run.jsonl", replies)
+        runs.write_lines(self.out / "points.jsonl", points)
+        runs.write_lines(self.out / "replies" / "run.jsonl", replies)
         print(f"{len(points)} decision points. To label: {write_page(self.out, points)}")
         return 0
 
     def replay(self, folder: Path) -> list[dict]:
         """What a run asked. A method's name is looked up, never imported. Raises Problem."""
-        run = common.load_run(folder)
+        run = runs.load_run(folder)
         name = str(run.facts.get("method", "collabvr"))
         if name not in self.methods:
             raise Problem(f"{folder} is a run of the method {name!r:.99}. Known are "
@@ -171,7 +171,7 @@ class Ask(Generic[VLM]):
             replies.append({"id": point["id"], **self.answer(models, point)})
         models.lock.release()
         path = self.points / "replies" / f"{name}.jsonl"
-        common.write_lines(path, replies)
+        runs.write_lines(path, replies)
         print(f"{path}\nTo label: {write_page(self.points, points)}")
         return 0
 

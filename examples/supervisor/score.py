@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from collabvr import Problem
-from examples.common import Table, estimate, percent
+from examples.stats import Table, estimate, percent
 from examples.supervisor import points as files
 from examples.supervisor.points import Label
 

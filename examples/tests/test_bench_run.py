@@ -22,7 +22,7 @@ from PIL import Image
 
 import collabvr
 from collabvr import Clip, CollabVR, Config, Problem, Result
-from examples import common
+from examples import cli
 from examples.baselines import METHODS
 from examples.bench import run as bench
 from examples.bench.samples import samples
@@ -339,7 +339,7 @@ def test_shipped_generators_have_options_of_their_own(capsys):
     assert bench.main(argv=["--help"]) == 0
     said = capsys.readouterr().out
     assert "--sampling-steps" in said and "{wan,fast_wan,served,veo,cosmos}" in said
-    assert f"usage: {common.program()} " in said
+    assert f"usage: {cli.program()} " in said
     assert bench.main(argv=["--generator", "bogus"]) == 2
 
 
@@ -349,7 +349,7 @@ def test_a_generator_that_cannot_work_stops_the_start(tmp_path, monkeypatch, cap
             raise Problem("No GPU here.")
 
     assert own(monkeypatch, tmp_path, vgm=Broken) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == f"{common.program()}: No GPU here."
+    assert capsys.readouterr().err.splitlines()[-1] == f"{cli.program()}: No GPU here."
 
 
 def test_two_options_of_one_name_are_refused(tmp_path, monkeypatch, capsys):

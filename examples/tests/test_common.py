@@ -19,7 +19,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from collabvr import Clip, Problem, RecordedModels, Result
-from examples import common
+from examples import cli, runs, stats
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = np.full((16, 24, 3), 9, np.uint8)
@@ -31,15 +31,15 @@ PICTURE = np.full((16, 24, 3), 9, np.uint8)
 
 def test_wilson_is_the_published_interval():
     """Newcombe 1998, Table I: 81 of 263, and 0 of 20."""
-    assert common.wilson([1] * 81 + [0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert common.wilson([0] * 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert stats.wilson([1] * 81 + [0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert stats.wilson([0] * 20) == pytest.approx((0, 0.1611), abs=1e-4)
 
 
 def test_the_bootstrap_covers_a_mean_about_19_times_in_20():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(40):
-        low, high = common.bootstrap(np.mean, rng.normal(3, 1, 50))
+        low, high = stats.bootstrap(np.mean, rng.normal(3, 1, 50))
         hits += low < 3 < high
     assert 34 <= hits < 40
 
@@ -47,24 +47,24 @@ def test_the_bootstrap_covers_a_mean_about_19_times_in_20():
 def test_the_bootstrap_draws_rows_whole():
     """A statistic of two columns sees pairs: the second is twice the first in every draw."""
     x = np.arange(10)
-    assert common.bootstrap(lambda a, b: float(np.abs(2 * a - b).max()), x, 2 * x) == (0, 0)
+    assert stats.bootstrap(lambda a, b: float(np.abs(2 * a - b).max()), x, 2 * x) == (0, 0)
 
 
 def test_a_paired_difference_has_the_pairs_spread_only():
     base = np.random.default_rng(1).normal(0, 100, 50)
-    mean, low, high = common.paired(base, base + 1)
+    mean, low, high = stats.paired(base, base + 1)
     assert mean == low == high == pytest.approx(1)
 
 
 def test_texts_of_shares_and_estimates():
-    assert common.percent([1, 1, 0]) == "67 % (21-94)" and common.percent([]) == "-"
-    assert common.percent([1, 1, 0], digits=1).startswith("66.7 %")
-    assert common.estimate(np.mean, [1, 1, 1]) == "1.000 (1.00-1.00)"
-    assert common.estimate(np.mean, [1]) == "-"
+    assert stats.percent([1, 1, 0]) == "67 % (21-94)" and stats.percent([]) == "-"
+    assert stats.percent([1, 1, 0], digits=1).startswith("66.7 %")
+    assert stats.estimate(np.mean, [1, 1, 1]) == "1.000 (1.00-1.00)"
+    assert stats.estimate(np.mean, [1]) == "-"
 
 
 def test_a_table_is_text_and_markdown():
-    table = common.Table("T", ["", "n", "share"], [["a|b", 1200, 0.5], ["c\nd", None, "x"]])
+    table = stats.Table("T", ["", "n", "share"], [["a|b", 1200, 0.5], ["c\nd", None, "x"]])
     assert table.text().split("\n")[:3] == ["T", "         n  share", "a|b  1,200  0.500"]
     assert "| a\\|b | 1,200 | 0.500 |\n| c d | - | x |" in table.markdown()
     assert table.markdown().split("\n")[3] == "|---|---:|---:|"
@@ -90,7 +90,7 @@ def folder(tmp_path):
 
 
 def test_a_finished_run_is_read_as_it_was_made(folder):
-    run = common.load_run(folder)
+    run = runs.load_run(folder)
     assert run.status == "unverified" and run.facts["task"] == "go"
     assert run.notes == ["In the video without an accept: step 1."]
     (call,) = run.calls
@@ -106,14 +106,14 @@ def test_a_run_without_an_answer_says_so(folder, journal):
     (folder / "calls.jsonl").unlink()
     if journal is not None:
         (folder / "calls.jsonl").write_text(journal)
-    assert common.STATUS[common.load_run(folder).status].word == "no call was answered yet"
+    assert runs.STATUS[runs.load_run(folder).status].word == "no call was answered yet"
 
 
 def test_an_unfinished_run_is_read_from_its_calls(folder):
     (folder / "trace.json").unlink()
     with open(folder / "calls.jsonl", "a") as file:
         file.write('{"role": "planner", "t": 1, "fault": "no JSON object"}\n{"torn')
-    run = common.load_run(folder)
+    run = runs.load_run(folder)
     assert (run.status, run.notes) == ("failed", ["planner: no JSON object"])
     assert len(run.calls) == 2 and run.video() is None, "the video may be of an older run"
 
@@ -126,7 +126,7 @@ def test_an_unfinished_run_is_read_from_its_calls(folder):
 def test_a_damaged_run_is_refused_in_one_sentence(folder, name, text):
     (folder / name).write_text(text)
     with pytest.raises(Problem, match="holds no run"):
-        common.load_run(folder)
+        runs.load_run(folder)
 
 
 @pytest.mark.parametrize("name", [
@@ -138,14 +138,14 @@ def test_nothing_outside_the_folder_is_read(folder, name):
     (folder / "linked").symlink_to(folder.parent / "secret")
     (folder / "linked_folder").symlink_to(folder.parent)
     (folder / "loop").symlink_to("loop")
-    assert common.load_run(folder).file(name) is None
+    assert runs.load_run(folder).file(name) is None
 
 
 def test_a_link_in_a_run_folder_shows_nothing(folder, tmp_path):
     for name in ("video.mp4", "input.png", "clips/001.mkv"):
         (folder / name).rename(tmp_path / "moved")
         (folder / name).symlink_to(tmp_path / "moved")
-    run = common.load_run(folder)
+    run = runs.load_run(folder)
     assert run.video() is None and run.picture() is None and run.clip(run.calls[0]) is None
 
 
@@ -153,8 +153,8 @@ def test_a_run_folder_that_is_a_link_out_of_the_root_is_empty(folder, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     (results / "run").symlink_to(folder)
-    assert common.load_run(results / "run").calls
-    assert common.load_run(results / "run", results).calls == []
+    assert runs.load_run(results / "run").calls
+    assert runs.load_run(results / "run", results).calls == []
 
 
 def test_what_a_trace_names_is_never_imported(folder, tmp_path, monkeypatch):
@@ -164,14 +164,14 @@ def test_what_a_trace_names_is_never_imported(folder, tmp_path, monkeypatch):
     trace = json.loads((folder / "trace.json").read_text())
     trace |= {k: "evil.py:X" for k in ("method", "vgm", "vlm", "generator", "status")}
     (folder / "trace.json").write_text(json.dumps(trace))
-    assert common.load_run(folder).status == "evil.py:X"
+    assert runs.load_run(folder).status == "evil.py:X"
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
 def test_readers_of_data_have_no_importer_and_no_pickle():
-    """The files that read what others made; common.needed imports what this code names."""
+    """The files that read what others made; cli.needed imports what this code names."""
     words = ("pickle", "eval(", "exec(", "runpy", "__import__", "allow_pickle", "torch.load")
-    for name in ("common.py", "bench/samples.py", "bench/summary.py", "bench/run.py"):
+    for name in ("runs.py", "bench/samples.py", "bench/summary.py", "bench/run.py"):
         text = (ROOT / "examples" / name).read_text()
         assert [word for word in words if word in text] == [], name
 
@@ -183,14 +183,14 @@ def test_readers_of_data_have_no_importer_and_no_pickle():
 def test_lines_end_at_newlines_only(tmp_path):
     """U+2028 inside a text is no line end, whatever the locale; a byte-order mark is none of it."""
     (tmp_path / "x").write_bytes('\ufeff{"a": "b\u2028c\x85"}\n\n{"a": "猫"}'.encode())
-    assert list(common.read_lines(tmp_path / "x")) == [(1, {"a": "b\u2028c\x85"}), (3, {"a": "猫"})]
+    assert list(runs.read_lines(tmp_path / "x")) == [(1, {"a": "b\u2028c\x85"}), (3, {"a": "猫"})]
 
 
 @pytest.mark.parametrize("data", [b'{"a": 1}\n{', b'{"a": 1}\n"\xff"'])
 def test_a_line_that_is_no_json_is_named(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(Problem, match="x, line 2, is no JSON in UTF-8"):
-        list(common.read_lines(tmp_path / "x"))
+        list(runs.read_lines(tmp_path / "x"))
 
 
 # ------------------------------------------------------------------------------
@@ -212,20 +212,20 @@ class Say:
 
 
 def test_a_command_runs_and_returns_its_status(capsys):
-    assert common.command("Doc.", Say, ["--loud"]) == 0
-    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--word", "x"]) == 0
+    assert cli.command("Doc.", Say, ["--loud"]) == 0
+    assert cli.command("Doc.", {"one": Say, "two": Say}, ["two", "--word", "x"]) == 0
     assert capsys.readouterr().out == "HELLO\nx\n"
 
 
 def test_a_problem_is_one_sentence_and_status_2(capsys):
-    assert common.command("Doc.", Say, ["--word", "wrong"]) == 2
-    assert capsys.readouterr().err == f"{common.program()}: This word is wrong.\n"
+    assert cli.command("Doc.", Say, ["--word", "wrong"]) == 2
+    assert capsys.readouterr().err == f"{cli.program()}: This word is wrong.\n"
 
 
 def test_a_wrong_option_is_status_2_and_help_is_0(capsys):
-    assert common.command("Doc.", Say, ["--bogus"]) == 2
+    assert cli.command("Doc.", Say, ["--bogus"]) == 2
     assert "--bogus" in capsys.readouterr().err
-    assert common.command("Doc.", Say, ["--help"]) == 0
+    assert cli.command("Doc.", Say, ["--help"]) == 0
     assert "Doc." in capsys.readouterr().out
 
 
@@ -238,9 +238,9 @@ def test_messages_name_the_program_as_it_was_typed(module, typed, monkeypatch, c
     main.__spec__ = module and importlib.machinery.ModuleSpec(module, None)
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", ["mine.py"])
-    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--help"]) == 0
-    assert common.command("Doc.", {"one": Say, "two": Say}, ["two", "--bogus"]) == 2
-    assert common.command("Doc.", Say, ["--word", "wrong"]) == 2
+    assert cli.command("Doc.", {"one": Say, "two": Say}, ["two", "--help"]) == 0
+    assert cli.command("Doc.", {"one": Say, "two": Say}, ["two", "--bogus"]) == 2
+    assert cli.command("Doc.", Say, ["--word", "wrong"]) == 2
     out, err = capsys.readouterr()
     assert f"usage: {typed} two " in out and f"run {typed} --help" in " ".join(err.split())
     assert err.endswith(f"\n{typed}: This word is wrong.\n")
@@ -257,7 +257,7 @@ class Limited:
 def test_a_wrong_value_names_no_page_of_pydantics():
     """In a process of its own, as pydantic looks once."""
     code = ("from examples.tests.test_common import Limited, common\n"
-            "common.command('', Limited, ['--share', '2'])")
+            "cli.command('', Limited, ['--share', '2'])")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
         env={k: v for k, v in os.environ.items() if k != "PYDANTIC_ERRORS_INCLUDE_URL"})
@@ -272,14 +272,14 @@ def test_output_that_nobody_reads_spoils_no_work(argv, full, monkeypatch, capsys
     os.close(reader)
     with open("/dev/full", "w") as disk, open(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", disk if full else pipe)
-        assert common.command("Doc.", Say, argv) == 0
+        assert cli.command("Doc.", Say, argv) == 0
     assert capsys.readouterr().err == ""
 
 
 def test_a_program_without_output_ends_well(monkeypatch):
     """After `>&-` there is none. That a disk is full shows when Python ends."""
     monkeypatch.setattr(sys, "stdout", None)
-    assert common.command("Doc.", Say, []) == common.command("Doc.", Say, ["--help"]) == 0
+    assert cli.command("Doc.", Say, []) == cli.command("Doc.", Say, ["--help"]) == 0
     with open("/dev/full", "w") as disk:
         done = subprocess.run([sys.executable, "-m", "examples.report", "--help"], cwd=ROOT,
                               stdout=disk, stderr=subprocess.PIPE, check=False)
@@ -289,21 +289,21 @@ def test_a_program_without_output_ends_well(monkeypatch):
 def test_a_name_that_the_terminal_cannot_show_stops_no_print(monkeypatch):
     with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        assert common.command("Doc.", Say, ["--word", "é"]) == 0
+        assert cli.command("Doc.", Say, ["--word", "é"]) == 0
         assert terminal.buffer.getvalue() == b"\\xe9\n"
 
 
 def test_a_missing_package_says_what_to_install():
     with pytest.raises(Problem, match="no_such is needed: pip install -r examples/requirements"):
-        common.needed("no_such")
+        cli.needed("no_such")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_is_130_and_a_sentence(sent):
-    code = ("import signal, sys, time; from examples import common\n"
+    code = ("import signal, sys, time; from examples import \n", cli, runs, stats
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs ignore it\n"
             "def work(): print('ready', flush=True); time.sleep(60)\n"
-            "sys.exit(common.guarded(work))")
+            "sys.exit(cli.guarded(work))")
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True)
@@ -316,7 +316,7 @@ def test_interrupted_is_130_and_a_sentence(sent):
 
 def test_the_guard_leaves_the_signal_as_it_was():
     before = signal.getsignal(signal.SIGTERM)
-    assert common.guarded(lambda: 0) == 0
+    assert cli.guarded(lambda: 0) == 0
     assert signal.getsignal(signal.SIGTERM) is before
 
 

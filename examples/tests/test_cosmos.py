@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import collabvr as c
-from examples.generators import cosmos
+from examples.models import cosmos
 
 FRAME = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import collabvr as c
-from examples.generators import measure_wan
-from examples.generators.fast_wan import FastWan
-from examples.generators.float8 import Float8Linear, store_in_8_bits
+from examples.models import measure_wan
+from examples.models.fast_wan import FastWan
+from examples.models.float8 import Float8Linear, store_in_8_bits
 
 pytestmark = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
 FRAME = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)

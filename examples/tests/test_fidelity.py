@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from collabvr import Clip
-from examples.generators import fidelity
+from examples.models import fidelity
 
 
 @dataclass

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import collabvr as c
-from examples import common
+from examples import cli
 from examples.maze import compare, foreign, run, vlm, world
 
 slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
@@ -283,7 +283,7 @@ def refused(argv, said, capsys):
     assert run.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err
-    assert err.startswith(f"{common.program()}: ")
+    assert err.startswith(f"{cli.program()}: ")
 
 
 def test_a_run_folder_that_cannot_be_made_gets_one_sentence_and_status_2(tmp_path, capsys):
@@ -308,7 +308,7 @@ def test_a_run_that_is_refused_has_written_nothing(tmp_path, capsys):
 def test_help_says_where_the_other_options_are(capsys):
     assert run.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert f"usage: {common.program()} " in out and "`python collabvr.py --help` lists them" in out
+    assert f"usage: {cli.program()} " in out and "`python collabvr.py --help` lists them" in out
 
 
 def test_a_refusal_shows_no_older_run(tmp_path, capsys):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from collabvr import Call, Clip, Config
-from examples import common
+from examples import runs
 from examples.maze import vlm, world
 from examples.maze.compare import SUPERVISORS, exhausted
 from examples.maze.foreign import held_out
@@ -93,7 +93,7 @@ def test_error_rates_that_go_in_come_out(tmp_path, capsys):
     for name, maze in mazes.items():
         iio.imwrite(data / f"{name}.png", world.draw(maze))
         lines.append({"id": name, "image": f"{name}.png", "task": world.task(maze)})
-    common.write_lines(data / "mazes.jsonl", lines)
+    runs.write_lines(data / "mazes.jsonl", lines)
 
     for method in ("collabvr", "m2"):
         where = ["--data", str(data / "mazes.jsonl"), "--out", str(out / method)]
@@ -104,7 +104,7 @@ def test_error_rates_that_go_in_come_out(tmp_path, capsys):
     for point in points.read_objects(folder / "points.jsonl"):
         parts = [points.restore(folder, x) for x in point["parts"]]
         labels.append(label(point, parts, mazes[point["id"].split("/")[2]]))
-    common.write_lines(out / "labels.jsonl", labels)
+    runs.write_lines(out / "labels.jsonl", labels)
     assert {x["verdict"] for x in labels if "verdict" in x} == {"accept", "reject"}
     for name, errors in READERS.items():
         asked = ["ask", str(folder), "--name", name, "--vlm", vlm.MODEL, "--verify-fps", "8"]

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import collabvr as c
-from examples import common
+from examples import cli, runs
 from examples.maze import rule, vlm, world
 from examples.report import __main__ as report
 from examples.report import index, markup, pages
@@ -105,7 +105,7 @@ def run(folder, *replies, task="solve the maze", fail=(), score=None, method=c.C
 
 def shown(folder):
     """Its page, as HTML."""
-    return page(common.load_run(folder))
+    return page(runs.load_run(folder))
 
 
 def two_steps(folder, **options):
@@ -200,7 +200,7 @@ def test_regen_is_shown_whole(tmp_path, monkeypatch):
 def test_fallback_is_not_called_verified(tmp_path):
     run(tmp_path, plan("go"), check("reject", 0.5), route("fallback", "all at once"), M=1)
     text = Page(shown(tmp_path)).text
-    assert f"fallback {common.STATUS['fallback'].meaning}" in text
+    assert f"fallback {runs.STATUS['fallback'].meaning}" in text
     assert "Attempt 2 not verified" in text and "without an accept: step 1" in text
 
 
@@ -222,7 +222,7 @@ class Picked(c.CollabVR):
 def test_another_method_is_shown_with_its_roles(tmp_path):
     run(tmp_path, {"reason": "the second one", "best": 2}, method=Picked)
     found = Page(shown(tmp_path))
-    assert f"not verified {common.STATUS['unverified'].meaning}" in found.text
+    assert f"not verified {runs.STATUS['unverified'].meaning}" in found.text
     assert [x["aria-label"] for x in found.all("video")] == [
         "Final video", "Attempt 1, not verified", "Attempt 2, not verified"]
     assert "picker reason the second one best 2" in found.text
@@ -411,7 +411,7 @@ def test_freshness_is_that_of_what_was_read(tmp_path, monkeypatch):
     folder = two_steps(tmp_path / "one")
     trace = (folder / "trace.json").read_bytes()
     (folder / "trace.json").unlink()
-    load_run = common.load_run
+    load_run = runs.load_run
 
     def ends_now(folder):
         found = load_run(folder)
@@ -427,7 +427,7 @@ def test_freshness_is_that_of_what_was_read(tmp_path, monkeypatch):
 
 
 def test_index_of_many_runs_hides_all_but_one_page(tmp_path, monkeypatch):
-    rows = [index.Row(f"run-{i}", common.Run(tmp_path, "complete", [], [], {"task": "go " * 400}))
+    rows = [index.Row(f"run-{i}", runs.Run(tmp_path, "complete", [], [], {"task": "go " * 400}))
             for i in range(450)]
     source = index.listing("many", rows)
     lines = Page(source).all("tr")[1:]
@@ -484,7 +484,7 @@ def test_playlist_as_a_clip_is_not_followed(foreign, secret, name, list_of_files
     monkeypatch.chdir(foreign / "clips")
     (foreign / "clips" / "link.mkv").symlink_to(secret / "clip.mkv")
     (foreign / name).write_text(list_of_files.format(secret=secret))
-    found = common.load_run(foreign)
+    found = runs.load_run(foreign)
     if name == "video.mp4":
         with pytest.raises(c.Problem, match="is no MP4"):
             found.frames()
@@ -520,7 +520,7 @@ def test_picture_of_another_format_is_not_opened(foreign):
     """Pillow starts a program for some of them."""
     (foreign / "input.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(c.Problem, match="is no PNG"):
-        common.load_run(foreign).picture()
+        runs.load_run(foreign).picture()
 
 
 @pytest.mark.parametrize("place", ["report", "report/sub", "index"])
@@ -619,7 +619,7 @@ def test_bad_input_gets_one_sentence(tmp_path, capsys):
         capsys.readouterr()
         assert report.main(bad) == 2, bad
         said = capsys.readouterr()
-        assert not said.out and re.fullmatch(re.escape(common.program()) + r": .*\n", said.err)
+        assert not said.out and re.fullmatch(re.escape(cli.program()) + r": .*\n", said.err)
 
 
 def test_interruption_ends_with_130_and_a_sentence(tmp_path):
@@ -790,7 +790,7 @@ def test_browser_sorts_by_keyboard_and_links_lead_back(browser, results):
 def test_browser_sorts_all_runs_and_shows_200(browser, tmp_path):
     """Its place is in the address, so that the way back from a run leads there."""
     from selenium.webdriver.common.by import By
-    rows = [index.Row(f"run-{i}", common.Run(tmp_path, "complete", [], [], {"score": i % 7}))
+    rows = [index.Row(f"run-{i}", runs.Run(tmp_path, "complete", [], [], {"score": i % 7}))
             for i in range(450)]
     (tmp_path / "report.html").write_text(index.listing("many", rows))
     look(browser, tmp_path / "report.html")

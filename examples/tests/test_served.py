@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 import collabvr as c
-from examples.generators import served
 from examples.maze import vlm as maze_vlm
 from examples.maze import world
+from examples.models import served
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_WAN = {
@@ -421,7 +421,7 @@ def child(code, server, tmp_path):
     return subprocess.Popen([sys.executable, "-c", f"""
 import os
 import collabvr, numpy as np
-from examples.generators import served
+from examples.models import served
 served.POLL = 0.01
 write = collabvr.write_file
 {code}
@@ -530,7 +530,7 @@ def test_a_clip_too_short_for_wan_is_one_sentence_before_anything_is_asked(serve
 
 @pytest.fixture
 def command(server, tmp_path, monkeypatch, capsys):
-    """python -m examples.generators.served: (exit status, what was said on stderr)."""
+    """python -m examples.models.served: (exit status, what was said on stderr)."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(I0).save("x.png")
 
@@ -568,7 +568,7 @@ def test_a_wrong_server_is_one_sentence_and_status_2(server, command, tmp_path, 
 
 @slow
 def test_the_module_is_a_command_with_help_for_its_options():
-    done = subprocess.run([sys.executable, "-m", "examples.generators.served", "--help"],
+    done = subprocess.run([sys.executable, "-m", "examples.models.served", "--help"],
                           cwd=ROOT, capture_output=True, text=True, check=True)
     for text in ("--sampling-steps", "denoising steps (App. A.1)", "--vlm-url"):
         assert text in done.stdout

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import collabvr as c
-from examples.generators import served
 from examples.maze import run as maze_run
 from examples.maze import vlm as maze_vlm
 from examples.maze import world
+from examples.models import served
 from examples.tests import environments
 from examples.tests.painter import Shade
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import collabvr as c
-from examples import common
+from examples import runs, stats
 from examples.report import markup
 from examples.supervisor import __main__ as supervisor
 from examples.supervisor import points, questions, score
@@ -184,7 +184,7 @@ def test_unusable_reply_does_not_end_it(exported, capsys):
     assert questions.Ask(folder, mute, "mute").run() == 0
     one, second, *_ = points.read_objects(folder / "replies" / "mute.jsonl")
     assert "reply" in one and second.keys() == {"id", "fault"}
-    common.write_lines(folder / "l.jsonl", [{"id": second["id"], "verdict": "accept"}])
+    runs.write_lines(folder / "l.jsonl", [{"id": second["id"], "verdict": "accept"}])
     table = scored(capsys, folder / "l.jsonl", folder / "replies" / "mute.jsonl")
     assert table["mute: by label, what it said"]["accept"] == ["0", "0", "1"]
     assert table["D2, verdicts"]["mute"][:2] == ["1", "0.0%"]  # unusable is not right
@@ -208,11 +208,11 @@ def test_measures_are_those_worked_out_by_hand(tmp_path, capsys):
             verdict("reject", "c"), verdict("reject", "d")]
     truth = [{"steps": 1}, {"steps": 2}, {"steps": 3}, {"steps": 0},
              *[{"verdict": "accept"}] * 4, *[{"verdict": "reject"}] * 4]
-    common.write_lines(tmp_path / "vlm.jsonl", [
+    runs.write_lines(tmp_path / "vlm.jsonl", [
         {"id": f"x{i}", "reply": x} for i, x in enumerate(said)])
     ratings = [("x7", "a", 1), ("x9", "b", 2), ("x10", "c", 3), ("x11", "d", 3),
                ("x11", "another VLM's", 1)]
-    common.write_lines(tmp_path / "labels.jsonl", [
+    runs.write_lines(tmp_path / "labels.jsonl", [
         *({"id": f"x{i}"} | x for i, x in enumerate(truth)),
         *({"id": a, "suggestion": b, "rating": r} for a, b, r in ratings)])
     found = scored(capsys, tmp_path / "labels.jsonl", tmp_path / "vlm.jsonl")
@@ -228,10 +228,10 @@ def test_measures_are_those_worked_out_by_hand(tmp_path, capsys):
 
 
 def test_intervals_are_wilsons_and_a_bootstraps():
-    assert common.percent([True] * 40, 1) == "100.0 % (91-100)"
-    assert common.percent([True, False] * 50, 1) == "50.0 % (40-60)"
-    assert common.percent([]) == common.estimate(np.mean, []) == "-"
-    low, high = common.estimate(np.mean, [1, 2, 3] * 30).split("(")[1][:-1].split("-")
+    assert stats.percent([True] * 40, 1) == "100.0 % (91-100)"
+    assert stats.percent([True, False] * 50, 1) == "50.0 % (40-60)"
+    assert stats.percent([]) == stats.estimate(np.mean, []) == "-"
+    low, high = stats.estimate(np.mean, [1, 2, 3] * 30).split("(")[1][:-1].split("-")
     assert 1.8 <= float(low) < 2 < float(high) <= 2.2
 
 
@@ -252,13 +252,13 @@ def test_kappa_of_one_kind_is_chance():
     ('{"id": "a", "steps": 1}', "a has a label of the other role")])
 def test_faulty_label_gets_one_sentence(line, said, tmp_path, capsys):
     (tmp_path / "labels.jsonl").write_text(line + "\n")
-    common.write_lines(tmp_path / "vlm.jsonl", [{"id": "a", "reply": verdict("accept")}])
+    runs.write_lines(tmp_path / "vlm.jsonl", [{"id": "a", "reply": verdict("accept")}])
     told = refused(capsys, "score", tmp_path / "labels.jsonl", tmp_path / "vlm.jsonl")
     assert said in told and "labels.jsonl" in told
 
 
 def test_what_are_no_replies_is_refused(tmp_path, capsys):
-    common.write_lines(tmp_path / "labels.jsonl", [{"id": "a", "verdict": "accept"}])
+    runs.write_lines(tmp_path / "labels.jsonl", [{"id": "a", "verdict": "accept"}])
     said = refused(capsys, "score", tmp_path / "labels.jsonl", tmp_path / "labels.jsonl")
     assert "holds no replies: a has neither reply nor fault" in said
     assert "at least one file" in refused(capsys, "score", tmp_path / "labels.jsonl")
@@ -323,7 +323,7 @@ def test_media_outside_of_the_folder_is_not_read(exported, tmp_path):
     vlm = recorder()
     for part in json.loads(json.dumps(PARTS).replace("{outside}", str(tmp_path))):
         found[0]["parts"] = [part]
-        common.write_lines(folder / "points.jsonl", found)
+        runs.write_lines(folder / "points.jsonl", found)
         with pytest.raises(c.Problem, match="points.jsonl names"):
             questions.Ask(folder, vlm, "other").run()
         with pytest.raises(c.Problem, match="points.jsonl names"):
@@ -335,7 +335,7 @@ def test_replies_outside_of_the_folder_are_not_shown(exported, tmp_path):
     folder, vlm = exported
     secret = {"id": "runs/s0/01-verifier", "reply": VERDICT | {
         "verdict": "reject", "suggestion": "a secret text"}}
-    common.write_lines(tmp_path / "secret.jsonl", [secret])
+    runs.write_lines(tmp_path / "secret.jsonl", [secret])
     (folder / "replies" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
     assert questions.Ask(folder, vlm, "same").run() == 0
     page = (folder / "label.html").read_text()
@@ -349,7 +349,7 @@ FORBIDDEN = {"pickle", "marshal", "shelve", "runpy", "imp", "importlib", "eval",
 def test_what_reads_data_reaches_no_importer_and_no_pickle():
     """Of all code that reads folders of others. `needed` imports packages, by names in the code."""
     root = Path(__file__).resolve().parents[1]
-    files = [root / "common.py", *root.glob("report/*.py"), *root.glob("supervisor/*.py"),
+    files = [root / "runs.py", *root.glob("report/*.py"), *root.glob("supervisor/*.py"),
              root / "bench" / "summary.py", root / "bench" / "samples.py"]
     assert len(files) > 12
     for file in files:
@@ -361,7 +361,7 @@ def test_what_reads_data_reaches_no_importer_and_no_pickle():
             names = []
             if isinstance(node, ast.Import):
                 names = [x.name.split(".")[0] for x in node.names]
-                if file.name == "common.py" and names == ["importlib"]:
+                if file.name == "runs.py" and names == ["importlib"]:
                     names = []
             elif isinstance(node, ast.ImportFrom):
                 names = [(node.module or "").split(".")[0], *[x.name for x in node.names]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples import common
+from examples import cli
 from examples.maze import train, world
 
 slow = pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
@@ -145,7 +145,7 @@ def test_what_cannot_be_trained_gets_one_sentence_and_status_2(argv, said, tmp_p
     assert train.main([*argv, "--work", str(work)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and said in err
-    assert err.startswith(f"{common.program()}: ") and not work.exists()
+    assert err.startswith(f"{cli.program()}: ") and not work.exists()
 
 
 @slow

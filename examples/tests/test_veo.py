@@ -23,7 +23,7 @@ from PIL import Image
 
 import collabvr as c
 from examples.baselines import METHODS
-from examples.generators import veo
+from examples.models import veo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -532,7 +532,7 @@ PAPER = ["--seconds-first", "8", "--seconds-next", "4", "--M", "2"]
 
 @pytest.fixture
 def command(google, make, tmp_path, monkeypatch):
-    """python -m examples.generators.veo, with a picture and a VLM that finds it all well."""
+    """python -m examples.models.veo, with a picture and a VLM that finds it all well."""
     make()  # for its key
     google.film = lambda x: small(x, 0.5)  # 4 s
     monkeypatch.setattr(c.OpenAIVLM, "__call__", lambda _, instructions, parts, schema: json.dumps(

@@ -1,7 +1,7 @@
 """First-frame fidelity of a generator (App. A.4): does a clip begin with the picture it was given?
 
-    python -m examples.generators.fidelity wan --images FOLDER --vgm examples/maze/tiny-wan
-    python -m examples.generators.fidelity served --images FOLDER --url http://localhost:30000
+    python -m examples.models.fidelity wan --images FOLDER --vgm examples/maze/tiny-wan
+    python -m examples.models.fidelity served --images FOLDER --url http://localhost:30000
 
     sys.exit(fidelity.main(Mine))     # for a generator of your own, in its file
 
@@ -26,7 +26,8 @@ from collabvr import Problem, RecordedModels, explained, log
 from examples.bench.run import GENERATORS
 from examples.bench.samples import Sample, samples
 from examples.bench.summary import ssim
-from examples.common import Table, command, needed
+from examples.cli import command, needed
+from examples.stats import Table
 
 PAPER = {"Wan": 0.970, "Cosmos": 0.971, "Veo": 0.977, "Sora 2": 0.818}  # A.4, input and frame 0
 WARNING = """\

@@ -1,7 +1,7 @@
 """Veo 3.1, through google-genai.
 
     gcloud auth application-default login
-    python -m examples.generators.veo --image x.png --task ".." --project MY-PROJECT \\
+    python -m examples.models.veo --image x.png --task ".." --project MY-PROJECT \\
         --seconds-first 8 --seconds-next 4 --M 2
 
 These lengths and M are the paper's (App. A.1); its three steps are the default. Its routing of
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import collabvr
 from collabvr import Clip, Problem, explained, log
-from examples.common import needed
+from examples.cli import needed
 
 WIDTH, HEIGHT = 1280, 720  # 16:9 at 720p, Veo's smallest
 LENGTHS = (4, 6, 8)  # seconds that a clip of Veo may have

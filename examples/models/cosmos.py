@@ -1,7 +1,7 @@
 """Cosmos-Predict-2.5, the paper's third generator (App. A.1), on a GPU of your own.
 
     pip install cosmos-guardrail torchvision
-    python -m examples.generators.cosmos --image x.png --task ".." \\
+    python -m examples.models.cosmos --image x.png --task ".." \\
         --seconds-first 5 --seconds-next 5
 
 NVIDIA's license asks for the guardrail: it refuses prompts, which is a failed generation here, and

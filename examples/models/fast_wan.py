@@ -1,8 +1,8 @@
 """Wan on a GPU of your own, faster or in less memory than with diffusers' defaults.
 
-    python -m examples.generators.fast_wan --image x.png --task ".." --compile --fp8-matmul
-    python -m examples.generators.fast_wan .. --vgm Wan-AI/Wan2.2-TI2V-5B-Diffusers --fps 24
-    python -m examples.generators.measure_wan seconds     # what each option brings on this machine
+    python -m examples.models.fast_wan --image x.png --task ".." --compile --fp8-matmul
+    python -m examples.models.fast_wan .. --vgm Wan-AI/Wan2.2-TI2V-5B-Diffusers --fps 24
+    python -m examples.models.measure_wan seconds     # what each option brings on this machine
 
 Every option is off until you ask for it, and says at the start what it does. Exact up to rounding
 are `compile` and `attention`, unless it names a backend that quantises. 8 bits, caches and LoRAs
@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass as settings
 
 import collabvr
 from collabvr import Clip, Problem, Wan, explained, log
-from examples.common import needed
+from examples.cli import needed
 
 
 @settings(config={"extra": "forbid"}, eq=False)
@@ -81,7 +81,7 @@ class FastWan(Wan):
             log.info("compile: the first clip of each length takes longer")
         for name, expert in experts.items():
             if self.fp8 or self.fp8_matmul:
-                from examples.generators.float8 import store_in_8_bits
+                from examples.models.float8 import store_in_8_bits
                 before = expert.get_memory_footprint()
                 store_in_8_bits(expert.blocks, self.fp8_matmul)
                 log.info("%s expert: %.2f instead of %.2f GB in 8 bits", name,

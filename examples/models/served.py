@@ -1,6 +1,6 @@
 """Wan2.2 behind a server: SGLang Diffusion and vLLM-Omni both offer POST /v1/videos.
 
-    python -m examples.generators.served --image x.png --task ".." --url http://localhost:30000
+    python -m examples.models.served --image x.png --task ".." --url http://localhost:30000
 
 This is the way to several GPUs a clip, fp8, LoRA and small cards; examples/README.md has the
 commands that start the servers. Clips come as H.264, without loss but for the colours of two by two

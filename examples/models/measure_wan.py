@@ -1,7 +1,7 @@
 """What each option of fast_wan.py brings on this machine.
 
-    python -m examples.generators.measure_wan seconds      # a denoising step: seconds and memory
-    python -m examples.generators.measure_wan likeness     # clips: how like those without options
+    python -m examples.models.measure_wan seconds      # a denoising step: seconds and memory
+    python -m examples.models.measure_wan likeness     # clips: how like those without options
 
 seconds: Wan2.2 A14B's architecture with random weights, 97 frames at 832x480, guidance. One of the
     two experts is measured, which have the same architecture. What a clip takes is composed: 20
@@ -31,8 +31,10 @@ import torch
 import collabvr
 from collabvr import Clip, Problem, log
 from examples.bench.summary import ssim
-from examples.common import Table, command, needed, read_lines
-from examples.generators.fast_wan import FastWan
+from examples.cli import command, needed
+from examples.models.fast_wan import FastWan
+from examples.runs import read_lines
+from examples.stats import Table
 
 FAST = {"compile": True, "fp8_matmul": True}
 ROWS: dict[str, dict[str, Any]] = {  # FastWan's settings, and perhaps a budget of GPU memory, GB

@@ -1,7 +1,7 @@
 """The parts of a page: elements that escape their text, pictures, players, one style.
 
-A page opens from the disk. Its policy allows what stands in it and pictures beside it, and no
-script but its own: no page can reach a network.
+A page opens from the disk, and holds all that it shows. Its policy allows no script but its own
+and no address: no page can reach a network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import html
 import io
 import json
-import math
 
 import numpy as np
 from PIL import Image
@@ -20,7 +19,6 @@ import collabvr
 from collabvr import Clip
 
 SIDE = 512  # pixels: the longer side of an attempt's clip in a page, which may hold a dozen
-SMALL = 256  # pixels: what is smaller is enlarged
 VOID = ("img", "input", "meta")  # elements without an end
 
 
@@ -50,10 +48,8 @@ def joined(part) -> str:
     return html.escape(str(part))
 
 
-def listed(fields: dict, **attributes) -> Html | None:
+def listed(fields: dict, **attributes) -> Html:
     """Names and values. What is no text is shown as JSON without quotation marks."""
-    if not fields:
-        return None
     rows = []
     for name, value in fields.items():
         if not isinstance(value, str):
@@ -66,8 +62,11 @@ def figure(element: Html, *caption) -> Html:
     return tag("figure", element, tag("figcaption", *caption))
 
 
-def number(x: float) -> str:
-    return f"{round(x, 2):,}".removesuffix(".0")
+def short(value) -> str:
+    """A number with two decimals at most; anything else as it is."""
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{round(value, 2):,}".removesuffix(".0")
 
 
 # ------------------------------------------------------------------------------
@@ -78,57 +77,48 @@ def data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def jpeg(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=82)
-    return out.getvalue()
-
-
 def fitted(frame: np.ndarray) -> Image.Image:
-    """At most SIDE pixels a side. A small picture is enlarged by a whole factor: not blurred."""
-    factor = math.ceil(SMALL / max(frame.shape[:2]))
-    image = Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1))
+    """At most SIDE pixels a side."""
+    image = Image.fromarray(frame)
     image.thumbnail((SIDE, SIDE))
     return image
 
 
 def picture(frame: np.ndarray, alt: str) -> Html:
-    return tag("img", src=data("image/jpeg", jpeg(fitted(frame))), alt=alt)
+    jpeg = io.BytesIO()
+    fitted(frame).save(jpeg, "JPEG", quality=90, subsampling=0)
+    return tag("img", src=data("image/jpeg", jpeg.getvalue()), alt=alt)
 
 
-def player(video: bytes, label: str, fps: float) -> Html:
-    """An MP4 with its own controls, which PLAYERS replaces by some that do not cover it."""
-    return tag("video", src=data("video/mp4", video), aria_label=label, data_fps=fps,
-               controls="", playsinline="", preload="auto")
+def video(mp4: bytes, label: str, fps: float) -> Html:
+    """A video. Below it: play or pause, a slider that goes frame by frame, and full screen."""
+    return Html(joined([
+        tag("video", src=data("video/mp4", mp4), aria_label=label, playsinline="",
+            preload="auto"),
+        tag("div",
+            tag("button", type="button", class_="play", aria_label=f"Play {label}"),
+            tag("input", type="range", step=1 / fps, aria_label=f"Time of {label}"),
+            tag("button", type="button", class_="large", aria_label=f"Full screen of {label}"),
+            class_="bar"),
+    ]))
 
 
-def film(clip: Clip, label: str) -> Html:
-    """A clip as a player, its frames as `fitted` makes them."""
+def player(clip: Clip, label: str) -> Html:
+    """A clip as a video, its frames as `fitted` makes them."""
     small = np.stack([np.asarray(fitted(frame)) for frame in clip.frames])
-    return player(collabvr.mp4(Clip(small, clip.fps)), label, clip.fps)
+    return video(collabvr.mp4(Clip(small, clip.fps)), label, clip.fps)
 
 
-# Below each video: play or pause, a slider that goes frame by frame, and full screen.
 PLAYERS = """\
-for (const video of document.querySelectorAll("video")) {
-  const play = document.createElement("button"), large = document.createElement("button")
-  const slider = document.createElement("input"), bar = document.createElement("div")
-  play.type = large.type = "button"
-  play.className = "play"
-  large.className = "large"
-  slider.type = "range"
-  slider.step = 1 / video.dataset.fps
-  slider.ariaLabel = `Time of ${video.ariaLabel}`
-  large.ariaLabel = `Full screen of ${video.ariaLabel}`
+for (const bar of document.querySelectorAll(".bar")) {
+  const video = bar.previousElementSibling, [play, slider, large] = bar.children
   const show = () => {
     play.ariaPressed = !video.paused
-    play.ariaLabel = `${video.paused ? "Play" : "Pause"} ${video.ariaLabel}`
     slider.max = video.duration || 1
     slider.value = video.currentTime
     if (!video.paused) requestAnimationFrame(show)
   }
-  const toggle = () => video.paused ? video.play() : video.pause()
-  play.onclick = video.onclick = toggle
+  play.onclick = video.onclick = () => video.paused ? video.play() : video.pause()
   slider.oninput = () => {
     video.pause()
     video.currentTime = slider.value
@@ -136,12 +126,22 @@ for (const video of document.querySelectorAll("video")) {
   large.onclick = () => video.requestFullscreen()
   video.onfullscreenchange = () => { video.controls = document.fullscreenElement === video }
   video.onloadedmetadata = video.onplay = video.onpause = video.onseeked = video.onended = show
-  video.controls = false
-  bar.className = "bar"
-  bar.append(play, slider, large)
-  video.after(bar)
   show()
 }
+"""
+
+# A heading sorts the rows of a table by its column; a second time, the other way round.
+SORT = """\
+const body = document.querySelector("tbody"), heads = [...document.querySelectorAll("th")]
+const words = new Intl.Collator(undefined, { numeric: true })
+heads.forEach((th, i) => th.firstChild.onclick = () => {
+  const value = (row) => row.cells[i].dataset.value
+  const order = (a, b) => value(a) - value(b) || words.compare(value(a), value(b))
+  const rows = [...body.rows].sort(order), down = th.ariaSort === "ascending"
+  for (const other of heads) other.ariaSort = "none"
+  th.ariaSort = down ? "descending" : "ascending"
+  body.append(...(down ? rows.reverse() : rows))
+})
 """
 
 
@@ -157,11 +157,10 @@ h1, h2, h3, p, dl, dd, figure { margin: 0 0 .5rem }
 h1 { font-size: 1.5rem }
 h2 { font-size: 1.15rem; margin-top: 1.6rem }
 h3 { font-size: 1rem }
-h3:first-letter { text-transform: uppercase }
+h3::first-letter { text-transform: uppercase }
 .task, .tiles dd { font-size: 1.15rem }
 b { border: 1px solid; border-radius: 1em; padding: .05em .6em; white-space: nowrap }
 b, .small, dt, figcaption, details { font-size: .85rem }
-.small:empty { display: none }
 .dim, .small, dt, figcaption { color: light-dark(#555e68, #9ab) }
 .good { color: light-dark(#1a7f4b, #56c98b) }
 .fair { color: light-dark(#8a5a00, #e8b654) }
@@ -187,14 +186,12 @@ pre { white-space: pre-wrap; max-height: 20rem; overflow: auto }
 summary, button { cursor: pointer }
 button { font: inherit; color: inherit; border: 0; padding: 0; background: none; text-align: left;
   text-decoration: underline }
-button:disabled { opacity: .4; cursor: default }
 table { border-collapse: collapse; width: 100% }
 tbody tr { border-top: var(--line) }
 th, td { text-align: left; vertical-align: top; padding: .4rem }
 th { overflow-wrap: normal }
 nav { margin-bottom: .5rem }
 nav button { padding: .3rem .6rem .3rem 0 }
-td img { height: 48px; max-width: 100%; object-fit: contain; object-position: left }
 [aria-sort=ascending] button::after { content: " \\2191" }
 [aria-sort=descending] button::after { content: " \\2193" }
 @media (min-width: 50rem) {
@@ -205,7 +202,6 @@ td img { height: 48px; max-width: 100%; object-fit: contain; object-position: le
 @media (max-width: 50rem) {
   .attempt .pair { grid-template-columns: minmax(0, 2fr) minmax(0, 1fr) }
   tr { display: flex; flex-wrap: wrap }
-  tr[hidden] { display: none }
   td { padding: .2rem .4rem }
   td:nth-child(-n+2) { width: 100% }
   td[data-head]:not(:empty)::before { content: attr(data-head) " " }
@@ -213,14 +209,13 @@ td img { height: 48px; max-width: 100%; object-fit: contain; object-position: le
 """
 
 
-def document(title: str, body: list, script: str, mark: str = "", images: str = "data:") -> str:
-    """A whole page. mark: a hash of what it was made from. images: where they may lie."""
+def document(title: str, body: list, script: str) -> str:
+    """A whole page, on which that script runs and no other."""
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; media-src data:; "
-        f"img-src {images}; style-src {hashed(STYLE)}; script-src {hashed(script)}")
+        f"img-src data:; style-src {hashed(STYLE)}; script-src {hashed(script)}")
     head = [
         tag("meta", charset="utf-8"),
-        tag("meta", name="mark", content=mark),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
         tag("title", title),

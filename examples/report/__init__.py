@@ -1,1 +1,0 @@
-"""Runs as HTML pages: `python -m examples.report FOLDER`."""

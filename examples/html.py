@@ -96,9 +96,9 @@ def video(mp4: bytes, label: str, fps: float) -> Html:
         tag("video", src=data("video/mp4", mp4), aria_label=label, playsinline="",
             preload="auto"),
         tag("div",
-            tag("button", type="button", class_="play", aria_label=f"Play {label}"),
+            tag("button", "Play", type="button"),
             tag("input", type="range", step=1 / fps, aria_label=f"Time of {label}"),
-            tag("button", type="button", class_="large", aria_label=f"Full screen of {label}"),
+            tag("button", "Full screen", type="button"),
             class_="bar"),
     ]))
 
@@ -113,7 +113,7 @@ PLAYERS = """\
 for (const bar of document.querySelectorAll(".bar")) {
   const video = bar.previousElementSibling, [play, slider, large] = bar.children
   const show = () => {
-    play.ariaPressed = !video.paused
+    play.textContent = video.paused ? "Play" : "Pause"
     slider.max = video.duration || 1
     slider.value = video.currentTime
     if (!video.paused) requestAnimationFrame(show)
@@ -174,14 +174,9 @@ ins { background: light-dark(#fea, #540) }
 img, video, svg { display: block; max-width: 100% }
 .pair img, .pair video, svg { width: 100%; height: auto }
 svg { height: 8px; margin: 4px 0; fill: currentColor }
-.bar { display: flex; gap: .3rem; align-items: center; height: 2rem }
-.bar button { width: 2rem; height: 2rem; display: grid; place-items: center }
-.bar button::before { content: ""; width: .9rem; height: .9rem }
-.play::before { background: currentColor; clip-path: polygon(0 0, 100% 50%, 0 100%) }
-.play[aria-pressed=true]::before { clip-path: none;
-  background: linear-gradient(90deg, currentColor 35%, transparent 35% 65%, currentColor 65%) }
-.large::before { border: 2px solid; box-sizing: border-box }
-.bar input { flex: 1; min-width: 0; margin: 0 }
+.bar { display: flex; flex-wrap: wrap; gap: .3rem; align-items: center; min-height: 2rem }
+.bar button { min-width: 2.6rem }
+.bar input { flex: 1 0 6rem; margin: 0 }
 pre { white-space: pre-wrap; max-height: 20rem; overflow: auto }
 summary, button { cursor: pointer }
 button { font: inherit; color: inherit; border: 0; padding: 0; background: none; text-align: left;
@@ -190,12 +185,11 @@ table { border-collapse: collapse; width: 100% }
 tbody tr { border-top: var(--line) }
 th, td { text-align: left; vertical-align: top; padding: .4rem }
 th { overflow-wrap: normal }
-nav { margin-bottom: .5rem }
 nav button { padding: .3rem .6rem .3rem 0 }
 [aria-sort=ascending] button::after { content: " \\2191" }
 [aria-sort=descending] button::after { content: " \\2193" }
 @media (min-width: 50rem) {
-  td:first-child { width: 55% }
+  td:first-child { width: 45% }
   .attempt { display: grid; grid-template-columns: 3fr 2fr; gap: 0 1rem }
   .attempt h3 { grid-column: 1 / 3 }
 }
@@ -204,7 +198,8 @@ nav button { padding: .3rem .6rem .3rem 0 }
   tr { display: flex; flex-wrap: wrap }
   td { padding: .2rem .4rem }
   td:nth-child(-n+2) { width: 100% }
-  td[data-head]:not(:empty)::before { content: attr(data-head) " " }
+  td:empty { display: none }
+  td[data-head]::before { content: attr(data-head) " " }
 }
 """
 

@@ -92,7 +92,6 @@ def index(title: str, found: dict[str, Run]) -> str:
 def row(name: str, run: Run, heads: list[str]) -> Html:
     status = meaning(run)
     page = None if run.status == "unreadable" else quote(f"{name}/report.html")
-    order = list(runs.STATUS).index(run.status) if run.status in runs.STATUS else -1
     values = {name.capitalize(): value for name, value in run.facts.items()}
     values["VGM seconds"] = run.cost()["vgm_seconds"]
     values["VLM calls"] = sum(call.role != "vgm" for call in run.calls)
@@ -100,7 +99,7 @@ def row(name: str, run: Run, heads: list[str]) -> Html:
         tag("td", tag("a", name, href=page),
             tag("p", run.facts.get("task", "")[:240], class_="small"), data_value=name),
         tag("td", tag("b", status.word, class_=status.tone),
-            tag("p", " ".join(run.notes)[:240], class_="small"), data_value=order),
+            tag("p", " ".join(run.notes)[:240], class_="small"), data_value=status.word),
     ]
     for head in heads[2:]:
         value = values.get(head, "")
@@ -201,11 +200,11 @@ def steps(run: Run) -> list[tuple[int, list[Call | Tried]]]:
             if call.clip:
                 clips.append(Tried(len(clips) + 1, call, repaired))
                 items.append(clips[-1])
-            elif call.role == "verifier" and items and items[-1] in clips:
+            elif call.role == "verifier" and items and isinstance(items[-1], Tried):
                 clips[-1].checks.append(call)
             else:
                 items.append(call)
-            if call.reply and call.reply.get("action") == "regen":
+            if clips and (call.reply or {}).get("action") == "regen":
                 repaired = max(reversed(clips), key=lambda x: x.d["good_fraction"])
         found.append((t, items))
     return found

@@ -176,7 +176,7 @@ img, video, svg { display: block; max-width: 100% }
 svg { height: 8px; margin: 4px 0; fill: currentColor }
 .bar { display: flex; flex-wrap: wrap; gap: .3rem; align-items: center; min-height: 2rem }
 .bar button { min-width: 2.6rem }
-.bar input { flex: 1 0 6rem; margin: 0 }
+.bar input { flex: 1 0 4rem; margin: 0 }
 pre { white-space: pre-wrap; max-height: 20rem; overflow: auto }
 summary, button { cursor: pointer }
 button { font: inherit; color: inherit; border: 0; padding: 0; background: none; text-align: left;

@@ -27,7 +27,7 @@ from examples.html import Html, figure, listed, short, tag
 from examples.runs import Run
 
 FACTS = ("method", "category", "score")  # of a run, if its trace has them
-# of a reply: what is shown on demand only
+# of a reply: what stands only in its text, which is shown on demand
 DETAILS = ("observation", "remaining_goal", "estimated_steps_remaining", "action_executed",
            "progress", "good_fraction", "confidence", "verdict", "estimated_steps")
 
@@ -51,7 +51,7 @@ def write(folder: Path) -> Path:
             found[name] = write_page(place)
         except Problem as problem:
             found[name] = Run(place, "unreadable", [str(problem)], [], {})
-    save(folder / "report.html", index(folder.resolve().name, found))
+    save(folder / "report.html", index(folder.resolve().name, found).encode(errors="replace"))
     return folder / "report.html"
 
 
@@ -59,14 +59,14 @@ def write_page(folder: Path) -> Run:
     """Writes the page of a run. Raises Problem."""
     with explained(f"{folder} cannot be shown", Exception):  # whatever it holds
         run = runs.load_run(folder)
-        save(folder / "report.html", page(run))
+        save(folder / "report.html", page(run).encode(errors="replace"))
     return run
 
 
-def save(path: Path, text: str) -> None:
+def save(path: Path, content: bytes) -> None:
     """A new file. If somebody's folder holds a link of that name, the link goes."""
     path.unlink(missing_ok=True)
-    path.write_text(text, "utf-8", "replace")  # half a character becomes a question mark
+    path.write_bytes(content)
 
 
 # ------------------------------------------------------------------------------
@@ -257,19 +257,18 @@ def right(clip: Clip, d: dict) -> list:
 
 
 def answer(call: Call) -> Html:
-    """A VLM's answer: what matters first; the rest, and the text as it came, on demand."""
+    """What matters in a VLM's answer; on demand, the whole text as it came."""
     reply = call.reply or {"unusable reply": call.fault}
     first = {name: x for name, x in reply.items() if x and name not in DETAILS}
-    rest = {name: x for name, x in reply.items() if name not in first and x != ""}
     return tag("div", listed(first), tag(
         "details", tag("summary", f"{call.role}: {spent(call)}", class_="small"),
-        listed(rest), tag("pre", (call.text or "")[:20_000])))
+        tag("pre", (call.text or "")[:20_000])))
 
 
 def spent(call: Call) -> str:
     """Time and tokens of a call, and who answered."""
     amounts = [f"{short(call.wall_seconds)} s"]
-    if call.text:
+    if call.tokens_in:
         amounts += [f"{call.tokens_in:,} tokens in", f"{call.tokens_out:,} tokens out"]
     return ", ".join([*amounts, *filter(None, [call.model])])
 
@@ -288,7 +287,8 @@ class Report:
         if self.film:
             run = runs.load_run(self.folder)
             tried = [x for _, items in steps(run) for x in items if isinstance(x, Tried)]
-            print(film.write(run, tried))
+            save(self.folder / "film.webp", film.film(run, tried))
+            print(self.folder / "film.webp")
         return 0
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable
+
+import tyro
 
 from collabvr import Problem, explained
 
@@ -28,8 +29,6 @@ def program() -> str:
 def guarded(action: Callable[[], int]) -> int:
     """The exit status of action(): after a Problem 2, after Ctrl-C 130, each with a sentence."""
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "false")  # they do not fit tyro's box
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal need not know every letter
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action()
     except SystemExit as end:  # of tyro, which has said what is wrong; or --help
@@ -43,18 +42,13 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def command(doc: str | None, kinds: type | dict[str, type], argv: list[str] | None) -> int:
-    """A guarded command line. A dataclass is its options, and has a run() -> exit status; a dict
-    holds one for each subcommand."""
-    import tyro
+    """A guarded command line. A dataclass is its options, and has a run() -> exit status.
 
-    how: dict = {
-        "prog": program(), "description": doc, "args": argv,
-        "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    }
-
-    def action() -> int:
-        if isinstance(kinds, dict):
-            return tyro.extras.subcommand_cli_from_dict(kinds, **how).run()
-        return tyro.cli(kinds, **how).run()
-
-    return guarded(action)
+    A dict holds one for each subcommand.
+    """
+    parse: Callable = tyro.cli
+    if isinstance(kinds, dict):
+        parse = tyro.extras.subcommand_cli_from_dict
+    options = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    return guarded(lambda: parse(
+        kinds, prog=program(), description=doc, args=argv, config=options).run())

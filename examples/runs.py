@@ -5,11 +5,9 @@ Nothing outside the folder is read, nothing in it is executed.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, FiniteFloat
 
 import collabvr
-from collabvr import Clip, Models, explained
+from collabvr import Call, Clip, Models, explained
 
 
 class Status(NamedTuple):
@@ -42,6 +41,10 @@ STATUS = {  # of a run, from good to bad
 }
 
 
+# ------------------------------------------------------------------------------
+# Files
+
+
 def inside(path: Path, root: Path) -> Path | None:
     """The file, if there is one and it really lies in `root`: no link and no '..' leads out."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of links, a null byte
@@ -59,13 +62,13 @@ def read_picture(data: bytes) -> np.ndarray:
 
 def read_frames(data: bytes, kind: str) -> np.ndarray:
     """A video of that kind, uint8 RGB (T, H, W, 3), and no playlist, which names other files."""
-    with av.open(io.BytesIO(data), format=kind) as file:
+    with av.open(io.BytesIO(data), "r", format=kind) as file:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
 def read_json(path: Path | None) -> dict:
     """The object in a file; {} if there is none. Raises ValueError, TypeError."""
-    if path is None:
+    if path is None or not path.exists():
         return {}
     found = json.loads(path.read_bytes())
     if not isinstance(found, dict):
@@ -77,18 +80,30 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """The JSON values of a file's lines, each with its line number. Raises Problem, OSError."""
     with open(path, "rb") as file:  # as bytes: a text's U+2028 is no end of a line
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 with explained(f"{path}, line {number}, is no JSON in UTF-8", ValueError):
-                    value = json.loads(line.decode())
+                    value = json.loads(line)
                 yield number, value
 
 
 def write_lines(path: Path, rows: list) -> None:
     """A JSON value on each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    collabvr.write_file(path, "".join(json.dumps(x) + "\n" for x in rows).encode())
+    collabvr.write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+# ------------------------------------------------------------------------------
+# Runs
+
+
+class Trace(BaseModel, extra="allow"):
+    """What is read in trace.json; all else in it is kept as it is."""
+
+    task: str = ""
+    status: str | None = None  # None: the run is not over
+    unverified_steps: list[int] = []
+    score: FiniteFloat | None = None
+    calls: list[Call] = []
 
 
 @dataclass
@@ -98,7 +113,7 @@ class Run:
     folder: Path
     status: str  # a key of STATUS, or a word of somebody's own method
     notes: list[str]  # sentences that belong to the status
-    calls: list  # of collabvr.Call; all that there are if the run is unfinished
+    calls: list[Call]
     facts: dict  # what else trace.json says: task, settings, score, ..
 
     def file(self, name: str) -> Path | None:
@@ -130,38 +145,53 @@ class Run:
         with explained(f"{path} is no MP4", Exception):  # whatever a damaged file raises
             return read_frames(path.read_bytes(), "mp4")
 
-    def clip(self, call) -> Clip | None:
+    def clip(self, call: Call) -> Clip | None:
         """The clip of a call to the generator; None if it is missing, elsewhere or damaged."""
         path = self.file(call.clip) if call.clip else None
-        if path is None:
+        if path is None or call.size is None:
             return None
-        try:
+        with contextlib.suppress(Exception):  # whatever a damaged file raises
             return Clip(read_frames(path.read_bytes(), "matroska"), call.size[2])
-        except Exception:  # noqa: BLE001  whatever a damaged file raises
-            return None
+        return None
 
 
 def load_run(folder: Path, root: Path | None = None) -> Run:
     """Reads a run folder, which lies in `root` if one is given. Raises Problem."""
     with explained(f"{folder} holds no run of collabvr.py", Exception):  # whatever it holds
-        facts = read_json(inside(folder / "trace.json", root or folder))
-        calls = [collabvr.Call.model_validate(call) for call in facts.pop("calls", [])]
-        if not isinstance(facts.get("task", ""), str):
-            raise TypeError("the task is no text")
-        if not math.isfinite(facts.get("score", 0)):  # TypeError: it is no number
-            raise ValueError("the score is no number")
-        notes = []
-        status = facts.get("status")
-        if status is not None:
-            status = str(status)
-            steps = ", ".join(str(t) for t in facts["unverified_steps"])
-            if steps:
-                notes.append(f"In the video without an accept: step {steps}.")
-        elif not calls:
-            status = "unanswered"
-        elif calls[-1].fault:
-            status = "failed"
-            notes.append(f"{calls[-1].role}: {calls[-1].fault}")
-        else:
-            status = "unfinished"
-        return Run(folder, status, notes, calls, facts)
+        trace = Trace.model_validate(read_json(inside(folder / "trace.json", root or folder)))
+    facts = trace.model_dump(exclude={"calls"}, exclude_unset=True)
+    notes = []
+    status = trace.status
+    if status is not None:
+        if trace.unverified_steps:
+            steps = ", ".join(map(str, trace.unverified_steps))
+            notes.append(f"In the video without an accept: step {steps}.")
+    elif not trace.calls:
+        status = "unanswered"
+    elif trace.calls[-1].fault:
+        status = "failed"
+        notes.append(f"{trace.calls[-1].role}: {trace.calls[-1].fault}")
+    else:
+        status = "unfinished"
+    return Run(folder, status, notes, trace.calls, facts)
+
+
+class Verdict(NamedTuple):
+    """What the verifier said of one clip."""
+
+    t: int  # step
+    j: int  # attempt at the step
+    accepted: bool
+
+
+def verdicts(calls: list[Call]) -> list[Verdict]:
+    """One for each clip that was verified, in order. If the verifier was asked several times
+    about a clip, most of its replies decide."""
+    found: list[tuple[Call, list[bool]]] = []  # clips, each with its replies
+    for call in calls:
+        if call.role == "vgm" and call.fault is None:
+            found.append((call, []))
+        elif call.role == "verifier" and call.reply and found:
+            found[-1][1].append(call.reply.get("verdict") == "accept")
+    return [Verdict(clip.t, clip.j or 1, sum(replies) > len(replies) / 2)
+            for clip, replies in found if replies]

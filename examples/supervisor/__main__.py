@@ -4,18 +4,7 @@
     python -m examples.supervisor ask points --vlm-url http://localhost:8000/v1 --vlm Qwen3.5-9B
     python -m examples.supervisor score labels.jsonl points/replies/*.jsonl
 
-export writes points/points.jsonl (every question to a planner or verifier, word for word, with its
-pictures and clips in points/media) and what was answered, points/replies/run.jsonl; ask puts the
-same questions to another VLM. Both make points/label.html, a page with buttons that saves
-labels.jsonl. Its lines, which may come from anywhere, are of three kinds:
-
-    {"id": "..", "steps": 2}                       D1: steps from here, 0 if nothing is left to do
-    {"id": "..", "verdict": "accept"}              D2: or "reject"
-    {"id": "..", "suggestion": "..", "rating": 3}  D3: of a VLM's suggestion: 1 harms, 3 helps
-
-score prints Table 6. Its intervals are of 95 % and take the points for independent of each other,
-which those of one run are not quite. Runs of a method of your own, and a VLM of your own: a file
-with `sys.exit(main(method=Mine, vlm=MyVLM))`, main being that of examples.supervisor.__main__.
+Between ask and score people label the points: points/label.html. See README.md beside this file.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import collabvr
 from collabvr import Clip
-from examples import runs
-from examples.report import markup
-from examples.report.markup import Html, tag
+from examples import html, runs
+from examples.html import Html, tag
 from examples.supervisor import points as files
 
 # What is chosen is kept by the browser; a button saves it as labels.jsonl.
@@ -45,15 +44,15 @@ def write_page(folder: Path, points: list[dict]) -> Path:
     suggestions = suggested(folder)
     cards = []
     for point in points:
-        questions = asked(point, sorted(suggestions.get(point["id"], [])))
         parts = [files.restore(folder, part) for part in point["parts"]]
+        questions = asked(point, sorted(suggestions.get(point["id"], [])))
         cards.append(tag("article", tag("h3", point["id"]), shown(parts), questions, class_="card"))
-    page = markup.document("Decision points", [
+    page = html.document("Decision points", [
         tag("nav", tag("button", "Save labels.jsonl", type="button"), " ", tag("output")),
         tag("h1", "Decision points"),
         tag("p", "What you choose is kept in this browser."),
         cards,
-    ], markup.PLAYERS + LABELS)
+    ], html.PLAYERS + LABELS)
     collabvr.write_file(folder / "label.html", page.encode(errors="replace"))
     return folder / "label.html"
 
@@ -63,23 +62,24 @@ def suggested(folder: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in (folder / "replies").glob("*.jsonl"):
         if runs.inside(path, folder):
-            for name, d in files.read_replies(path).items():
-                if d and d.get("verdict") == "reject" and d["suggestion"].strip():
-                    found.setdefault(name, set()).add(d["suggestion"])
+            for name, reply in files.read_replies(path).items():
+                if reply and reply.get("verdict") == "reject" and reply["suggestion"].strip():
+                    found.setdefault(name, set()).add(reply["suggestion"])
     return found
 
 
 def asked(point: dict, suggestions: list[str]) -> list[Html]:
     """The questions about a point. Suggestions stay folded until a verdict can be formed."""
+    id = point["id"]
     if point["role"] != "verifier":
         question = "How many steps from here (0: nothing is left to do)?"
-        return [choice(question, "steps", list(range(10)), id=point["id"])]
-    questions = [choice("Does the clip show the planned action?", "verdict", ["accept", "reject"],
-                        id=point["id"])]
+        return [choice(question, "steps", list(range(10)), id=id)]
+    question = "Does the clip show the planned action?"
+    questions = [choice(question, "verdict", ["accept", "reject"], id=id)]
     ratings = []
-    for x in suggestions:
-        question = f"{x} (1: harms, 2: right but vague, 3: would repair it)"
-        ratings.append(choice(question, "rating", [1, 2, 3], id=point["id"], suggestion=x))
+    for text in suggestions:
+        question = f"{text} (1: harms, 2: right but vague, 3: would repair it)"
+        ratings.append(choice(question, "rating", [1, 2, 3], id=id, suggestion=text))
     if ratings:
         summary = tag("summary", "Then rate what a VLM suggests")
         questions.append(tag("details", summary, ratings))
@@ -104,9 +104,7 @@ def shown(parts: list) -> list[Html]:
         if isinstance(part, str):
             texts.append(part)
             continue
-        if isinstance(part, Clip):
-            element = markup.film(part, "Clip")
-        else:
-            element = markup.picture(part, "Picture")
-        figures.append(markup.figure(element, texts.pop() if texts else ""))
+        show = html.player if isinstance(part, Clip) else html.picture
+        caption = texts.pop() if texts else ""
+        figures.append(html.figure(show(part, caption), caption))
     return [tag("div", figures, class_="pair"), *[tag("p", text) for text in texts]]

@@ -5,20 +5,15 @@ Nothing outside of the folder is read, whatever its files name, and nothing in i
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
+import imageio.v3 as iio
 from pydantic import BaseModel, Field, model_validator
 
 import collabvr
 from collabvr import Clip, Problem, explained
 from examples import runs
-
-# ------------------------------------------------------------------------------
-# Pictures and clips
 
 
 def store(folder: Path, part) -> Any:
@@ -30,14 +25,10 @@ def store(folder: Path, part) -> Any:
     path = folder / "media" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        collabvr.write_file(path, collabvr.lossless(part) if is_clip else png(part))
+        png_or_mkv = collabvr.lossless(part) if is_clip else iio.imwrite(
+            "<bytes>", part, extension=".png")
+        collabvr.write_file(path, png_or_mkv)
     return {"clip": name, "fps": part.fps} if is_clip else {"picture": name}
-
-
-def png(picture: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, "PNG")
-    return out.getvalue()
 
 
 def restore(folder: Path, part) -> Any:
@@ -47,14 +38,12 @@ def restore(folder: Path, part) -> Any:
     with explained(f"{folder}/points.jsonl names {part}, which is no picture or clip in "
                    f"{folder}/media", Exception):  # whatever it is
         name = part["clip"] if "clip" in part else part["picture"]
-        data = runs.inside(folder / "media" / name, folder / "media").read_bytes()
+        path = runs.inside(folder / "media" / name, folder / "media")
+        if path is None:
+            raise FileNotFoundError(name)
         if "clip" in part:
-            return Clip(runs.read_frames(data, "matroska"), float(part["fps"]))
-        return runs.read_picture(data)
-
-
-# ------------------------------------------------------------------------------
-# Questions and replies
+            return Clip(runs.read_frames(path.read_bytes(), "matroska"), float(part["fps"]))
+        return runs.read_picture(path.read_bytes())
 
 
 def read_objects(path: Path) -> list[dict]:
@@ -71,15 +60,11 @@ def read_objects(path: Path) -> list[dict]:
 def read_replies(path: Path) -> dict[str, dict | None]:
     """What export or ask wrote, by id; None: no usable reply. Raises Problem."""
     replies = {}
-    for found in read_objects(path):
-        if found.keys() not in ({"id", "reply"}, {"id", "fault"}):
-            raise Problem(f"{path} holds no replies: {found['id']} has neither reply nor fault.")
-        replies[found["id"]] = found.get("reply")
+    for line in read_objects(path):
+        if line.keys() not in ({"id", "reply"}, {"id", "fault"}):
+            raise Problem(f"{path} holds no replies: {line['id']} has neither reply nor fault.")
+        replies[line["id"]] = line.get("reply")
     return replies
-
-
-# ------------------------------------------------------------------------------
-# Labels
 
 
 class Label(BaseModel, strict=True, extra="forbid"):
@@ -101,12 +86,10 @@ def read_labels(path: Path) -> list[Label]:
     """Raises Problem for what is no label, or labels a point twice."""
     found: dict[tuple, Label] = {}
     for number, line in enumerate(read_objects(path), 1):
-        try:
+        with explained(f"{path}, label {number}, is none", ValueError):
             label = Label.model_validate(line)
-        except ValueError as error:
-            raise Problem(f"{path}, label {number}: {collabvr.every_fault(error)}.") from error
-        if (label.id, label.suggestion) in found:
-            raise Problem(f"{path}, label {number}: {label.id} has this label already.")
+            if (label.id, label.suggestion) in found:
+                raise ValueError(f"{label.id} has this label already")
         found[label.id, label.suggestion] = label
     if not found:
         raise Problem(f"{path} holds no labels.")

@@ -12,19 +12,9 @@ import tyro
 from tqdm import tqdm
 
 import collabvr
-from collabvr import (
-    Call,
-    Clip,
-    CollabVR,
-    Config,
-    Models,
-    OpenAIVLM,
-    Problem,
-    RecordedModels,
-)
+from collabvr import CollabVR, Config, OpenAIVLM, Problem, RecordedModels, explained
 from examples import runs
 from examples.baselines import METHODS
-from examples.runs import Run
 from examples.supervisor import points as files
 from examples.supervisor.label import write_page
 
@@ -45,54 +35,44 @@ def seen(vlm) -> dict:
 # export
 
 
-class Replay(Models):
-    """A finished run once more: its trace answers every call, and no model is there.
+class Replay(RecordedModels):
+    """A finished run once more: its record answers every call, and no model is there.
 
-    `asked` are the questions to its planner and verifier. Raises Problem if a question is not word
-    for word the one that was asked then.
+    `asked` are the questions to its planner and verifier. Raises ValueError if a question is not
+    word for word the one that was asked then, IndexError if the record ends first.
     """
 
-    def __init__(self, run: Run, vlm):
-        super().__init__(None, vlm)
-        self.run = run
-        self.left = iter(run.calls)
+    def __init__(self, vlm, folder: Path):
+        super().__init__(None, vlm, folder)
         self.asked: list[dict] = []
 
-    def call_vgm(self, t: int, j: int, frame, prompt: str, seconds: float, seed: int):
-        call = self.next("vgm")
-        clip = self.run.clip(call)
-        if call.prompt != prompt or clip is None and not call.error:
-            raise self.differs()
-        return call, clip
-
-    def call_vlm(self, role: str, t: int, instructions: str, parts: list, schema) -> Call:
-        call = self.next(role)
-        request = collabvr.digest(role, collabvr.identity(self.vlm), instructions, parts, schema)
-        if call.request.rpartition("-")[0] != request:
-            raise self.differs()
+    def next_recorded(self, request):
+        call = self.recorded[len(self.calls)]
+        if call.request != request:
+            raise ValueError(f"the {call.role} was asked something else")
         return call
 
-    def ask(self, role: str, instructions: str, parts: list, schema, t: int = 1):
+    def call_vgm(self, *_):
+        """The recorded clip. The next question, which shows it, tells if it is the right one."""
+        call = self.recorded[len(self.calls)]
+        return call, self.read_clip(call)
+
+    def ask(self, role, instructions, parts, schema, t=1):
         reply = super().ask(role, instructions, parts, schema, t)
         if schema in SCHEMAS.values():  # and not the router's, or another method's
-            self.asked.append({"role": role, "t": t, "schema": schema.__name__,
-                               "instructions": instructions, "parts": parts, "reply": reply})
+            self.asked.append({
+                "role": role, "t": t, "schema": schema.__name__, "instructions": instructions,
+                "parts": parts, "reply": reply.model_dump(), "seen": seen(self.vlm),
+            })
         return reply
-
-    def next(self, role: str) -> Call:
-        call = next(self.left, None)
-        if call is None or call.role != role:
-            raise self.differs()
-        return call
-
-    def differs(self) -> Problem:
-        return Problem(f"{self.run.folder} cannot be replayed: a clip is missing, or it was made "
-                       "with other code than this.")
 
 
 @dataclass
 class Export:
-    """Keeps what finished runs asked their planner and verifier, and what they were told."""
+    """Keeps what finished runs asked their planner and verifier, and what they were told.
+
+    A run that cannot be replayed is named, and left out.
+    """
 
     methods: ClassVar[dict[str, type[CollabVR]]] = METHODS  # what a trace may name
     vlm_type: ClassVar[type] = OpenAIVLM
@@ -104,12 +84,16 @@ class Export:
         points, replies = [], []
         for trace in tqdm(sorted(self.runs.rglob("trace.json")), unit="run", disable=None):
             name = trace.parent.relative_to(self.runs).as_posix()
-            for i, question in enumerate(self.replay(trace.parent)):
+            try:
+                asked = self.replay(trace.parent)
+            except Problem as problem:
+                print(f"Left out: {problem}", file=sys.stderr)
+                continue
+            for i, question in enumerate(asked):
                 id = f"{name}/{i:02}-{question['role']}"
-                reply = question.pop("reply")
+                replies.append({"id": id, "reply": question.pop("reply")})
                 question["parts"] = [files.store(self.out, part) for part in question["parts"]]
                 points.append({"id": id, **question})
-                replies.append({"id": id, "reply": reply.model_dump()})
         if not points:
             raise Problem(f"{self.runs} holds no finished run that asked a planner or verifier.")
         runs.write_lines(self.out / "points.jsonl", points)
@@ -121,26 +105,26 @@ class Export:
         """What a run asked. A method's name is looked up, never imported. Raises Problem."""
         run = runs.load_run(folder)
         name = str(run.facts.get("method", "collabvr"))
+        if run.facts.get("status") is None:
+            raise Problem(f"{folder}: the run is not over.")
         if name not in self.methods:
-            raise Problem(f"{folder} is a run of the method {name!r:.99}. Known are "
-                          f"{', '.join(self.methods)}; one of your own is given to main.")
-        picture, settings = run.picture(), run.facts.get("settings")
-        if picture is None or not isinstance(settings, dict):
-            raise Problem(f"{folder} has no input.png or no settings.")
-        with collabvr.explained(f"{folder} holds no run with its settings", Exception):
-            config = Config(**of(Config, settings))
-            vlm = self.vlm_type(**of(self.vlm_type, settings))
-            task = run.facts["task"]
-        models = Replay(run, vlm)
-        self.methods[name](models, config).run(picture, task)
-        return [{**question, "seen": seen(vlm)} for question in models.asked]
+            raise Problem(f"{folder}: the method {name!r:.99} is not known. One of your own is "
+                          "given to main.")
+        with explained(f"{folder}: cannot be replayed with this code", Exception):
+            settings = run.facts["settings"]
+            models = Replay(self.vlm_type(**of(self.vlm_type, settings)), folder)
+            try:
+                method = self.methods[name](models, Config(**of(Config, settings)))
+                method.run(run.picture(), run.facts["task"])
+            finally:
+                models.lock.release()
+        return models.asked
 
 
 def of(kind: type, settings: dict) -> dict:
     """Those settings that are fields of a class. Raises KeyError if one is missing."""
-    if not is_dataclass(kind):
-        return {}
-    return {field.name: settings[field.name] for field in fields(kind)}
+    names = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    return {name: settings[name] for name in names}
 
 
 # ------------------------------------------------------------------------------
@@ -165,7 +149,8 @@ class Ask(Generic[VLM]):
                 print(f"In the runs the VLM saw clips with {point.get('seen')}, now "
                       f"{seen(self.vlm)}.", file=sys.stderr)
                 break
-        models = RecordedModels(None, self.vlm, self.points / "asked" / name)
+        asked = collabvr.digest(collabvr.identity(self.vlm), points)[:8]
+        models = RecordedModels(None, self.vlm, self.points / "asked" / f"{name}-{asked}")
         replies = []
         for point in tqdm(points, unit="point", disable=None):
             replies.append({"id": point["id"], **self.answer(models, point)})
@@ -177,14 +162,13 @@ class Ask(Generic[VLM]):
 
     def answer(self, models: RecordedModels, point: dict) -> dict:
         """A reply, or the fault of the last of three. Raises Problem if the endpoint gave up."""
-        parts: list[str | Clip] = [files.restore(self.points, part) for part in point["parts"]]
         before = len(models.calls)
-        with collabvr.explained(f"{self.points}/points.jsonl: {point['id']} is no question",
-                                KeyError, TypeError):
-            role, instructions, t = point["role"], point["instructions"], point["t"]
-            schema = SCHEMAS[point["schema"]]
+        with explained(f"{self.points}/points.jsonl: {point['id']} is no question",
+                       KeyError, TypeError):
+            parts = [files.restore(self.points, part) for part in point["parts"]]
+            question = point["role"], point["instructions"], parts, SCHEMAS[point["schema"]]
         try:
-            return {"reply": models.ask(role, instructions, parts, schema, t).model_dump()}
+            return {"reply": models.ask(*question, point["t"]).model_dump()}
         except Problem:
             faults = [call.fault for call in models.calls[before:]]
             if len(faults) < 3:

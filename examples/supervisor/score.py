@@ -31,16 +31,16 @@ PAPER = {  # Table 6, as published: D1, D2 (kappa on Gen-ViRe only) and D3
 def plan_depth(labels: list[Label], said: dict) -> list:
     """D1. Steps from here, the planned one included; an unusable plan is no match."""
     hits, truth, told = [], [], []
-    for x in labels:
-        if x.steps is None:
+    for label in labels:
+        if label.steps is None:
             continue
-        p = said[x.id]
+        p = said[label.id]
         if p is None:
             hits.append(False)
             continue
         steps = 0 if p["task_complete"] else max(1, p["estimated_steps_remaining"])  # as in line 10
-        hits.append(steps == x.steps)
-        truth.append(x.steps)
+        hits.append(steps == label.steps)
+        truth.append(label.steps)
         told.append(steps)
     return [len(hits), percent(hits, 1), estimate(mean_absolute_error, truth, told)]
 
@@ -52,10 +52,10 @@ def mean_absolute_error(truth: np.ndarray, told: np.ndarray) -> float:
 def verdicts(labels: list[Label], said: dict) -> list[tuple[str, str]]:
     """What the label says, and the reply."""
     pairs = []
-    for x in labels:
-        if x.verdict is not None:
-            reply = said[x.id]
-            pairs.append((x.verdict, reply["verdict"] if reply else "unusable"))
+    for label in labels:
+        if label.verdict is not None:
+            reply = said[label.id]
+            pairs.append((label.verdict, reply["verdict"] if reply else "unusable"))
     return pairs
 
 
@@ -64,15 +64,13 @@ def verifier(labels: list[Label], said: dict) -> list:
     pairs = verdicts(labels, said)
     row: list = [len(pairs)]
     for kinds in (["accept"], ["reject"], ["accept", "reject"]):
-        row.append(percent([a == b for a, b in pairs if a in kinds], 1))
-    return [*row, estimate(kappa, [a for a, _ in pairs], [b for _, b in pairs])]
+        row.append(percent([truth == told for truth, told in pairs if truth in kinds], 1))
+    return [*row, estimate(kappa, [truth for truth, _ in pairs], [told for _, told in pairs])]
 
 
 def kappa(truth: np.ndarray, told: np.ndarray) -> float:
     """Cohen's kappa; 0 if all are of one kind, for then there is nothing but chance."""
-    chance = 0.0
-    for kind in np.unique(truth):
-        chance += (truth == kind).mean() * (told == kind).mean()
+    chance = sum((truth == kind).mean() * (told == kind).mean() for kind in np.unique(truth))
     if chance == 1:
         return 0.0
     return float(((truth == told).mean() - chance) / (1 - chance))
@@ -81,11 +79,15 @@ def kappa(truth: np.ndarray, told: np.ndarray) -> float:
 def suggestions(labels: list[Label], said: dict) -> list:
     """D3. Of those ratings that are of its own suggestions."""
     ratings = []
-    for x in labels:
-        if x.rating is not None and said[x.id] and said[x.id].get("suggestion") == x.suggestion:
-            ratings.append(x.rating)
-    return [len(ratings), estimate(np.mean, ratings), percent([x >= 2 for x in ratings], 1),
-            percent([x == 3 for x in ratings], 1)]
+    for label in labels:
+        reply = said[label.id] or {}
+        if label.rating is not None and reply.get("suggestion") == label.suggestion:
+            ratings.append(label.rating)
+    return [
+        len(ratings), estimate(np.mean, ratings),
+        percent([rating >= 2 for rating in ratings], 1),
+        percent([rating == 3 for rating in ratings], 1),
+    ]
 
 
 def confusion(name: str, pairs: list[tuple[str, str]]) -> Table:
@@ -94,16 +96,6 @@ def confusion(name: str, pairs: list[tuple[str, str]]) -> Table:
     for label in ("accept", "reject"):
         rows.append([label, *[pairs.count((label, kind)) for kind in kinds]])
     return Table(f"{name}: by label, what it said", ["", *kinds], rows)
-
-
-def check(labels: list[Label], said: dict, labels_file: Path, replies_file: Path) -> None:
-    """Raises Problem if the replies lack a point, or are of the other role."""
-    for x in labels:
-        if x.id not in said:
-            raise Problem(f"{replies_file} has no reply to {x.id}, which {labels_file} labels.")
-        other = "verdict" if x.steps is not None else "task_complete"
-        if other in (said[x.id] or {}):
-            raise Problem(f"{labels_file}: {x.id} has a label of the other role.")
 
 
 @dataclass
@@ -124,9 +116,18 @@ class Score:
         confusions = []
         for path in self.replies:
             said = files.read_replies(path)
-            check(labels, said, self.labels, path)
+            self.check(labels, said, path)
             for table, measure in zip(tables, (plan_depth, verifier, suggestions), strict=True):
                 table.rows.append([path.stem, *measure(labels, said)])
             confusions.append(confusion(path.stem, verdicts(labels, said)))
         print("\n".join(table.text() for table in [*tables, *confusions]), end="")
         return 0
+
+    def check(self, labels: list[Label], said: dict, path: Path) -> None:
+        """Raises Problem if the replies lack a point, or are of the other role."""
+        for label in labels:
+            if label.id not in said:
+                raise Problem(f"{path} has no reply to {label.id}, which {self.labels} labels.")
+            other = "verdict" if label.steps is not None else "task_complete"
+            if other in (said[label.id] or {}):
+                raise Problem(f"{self.labels}: {label.id} has a label of the other role.")

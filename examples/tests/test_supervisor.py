@@ -324,6 +324,7 @@ def test_replies_outside_of_the_folder_are_not_shown(exported, tmp_path):
     assert "Go left." in page and "a secret text" not in page
 
 
+@pytest.mark.slow
 def test_the_page_saves_labels_that_score_reads(exported, browser, tmp_path, capsys):
     from selenium.webdriver.common.by import By
 

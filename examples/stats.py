@@ -10,11 +10,12 @@ import numpy as np
 
 def wilson(hits) -> tuple[float, float]:
     """Of a share, from its zeros and ones (Wilson's interval)."""
-    x, z = np.asarray(list(hits), float), 1.96
-    n, p = len(x), x.mean()
+    hits, z = np.asarray(list(hits), float), 1.96
+    n, p = len(hits), hits.mean()
     middle = p + z**2 / (2 * n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return float((middle - half) / (1 + z**2 / n)), float((middle + half) / (1 + z**2 / n))
+    scale = 1 + z**2 / n
+    return float((middle - half) / scale), float((middle + half) / scale)
 
 
 def bootstrap(statistic: Callable[..., float], *columns) -> tuple[float, float]:
@@ -22,7 +23,7 @@ def bootstrap(statistic: Callable[..., float], *columns) -> tuple[float, float]:
     arrays = [np.asarray(list(column)) for column in columns]
     n = len(arrays[0])
     draws = np.random.default_rng(0).integers(n, size=(2000, n))
-    values = [statistic(*(x[draw] for x in arrays)) for draw in draws]
+    values = [statistic(*(column[draw] for column in arrays)) for draw in draws]
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -61,7 +62,7 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """All as text, the head first."""
-        return [self.head] + [[shown(x) for x in row] for row in self.rows]
+        return [self.head] + [[shown(value) for value in row] for row in self.rows]
 
     def text(self) -> str:
         """For a terminal: columns of equal width."""
@@ -70,25 +71,24 @@ class Table:
         lines = [self.title] if self.title else []
         for name, *values in cells:
             row = [name.ljust(widths[0])]
-            row += [x.rjust(width) for x, width in zip(values, widths[1:], strict=True)]
+            row += [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
             lines.append("  ".join(row).rstrip())
         return "\n".join([*lines, ""])
 
     def markdown(self) -> str:
         """For a README."""
         lines = [f"**{self.title}**", ""] if self.title else []
-        for number, row in enumerate(self.cells()):
-            cells = [" ".join(x.replace("|", "\\|").split()) for x in row]
+        for row in self.cells():
+            cells = [" ".join(cell.replace("|", "\\|").split()) for cell in row]
             lines.append(f"| {' | '.join(cells)} |")
-            if number == 0:
-                lines.append("|---|" + "---:|" * (len(self.head) - 1))
+        lines.insert(len(lines) - len(self.rows), "|---|" + "---:|" * (len(self.head) - 1))
         return "\n".join([*lines, ""])
 
 
-def shown(x) -> str:
+def shown(value) -> str:
     """A cell: what is unknown is a dash, a fraction has three decimals."""
-    if x is None:
+    if value is None:
         return "-"
-    if isinstance(x, str):
-        return x
-    return f"{x:,}" if isinstance(x, int) else f"{x:,.3f}"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"

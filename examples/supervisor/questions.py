@@ -12,13 +12,13 @@ import tyro
 from tqdm import tqdm
 
 import collabvr
-from collabvr import CollabVR, Config, OpenAIVLM, Problem, RecordedModels, explained
+from collabvr import CollabVR, Config, OpenAIVLM, Problem, RecordedModels, Reply, explained
 from examples import runs
 from examples.baselines import METHODS
 from examples.supervisor import points as files
 from examples.supervisor.label import write_page
 
-SCHEMAS = {
+SCHEMAS: dict[str, type[Reply]] = {
     "Plan": collabvr.Plan,
     "FirstPlan": collabvr.FirstPlan,
     "Verification": collabvr.Verification,
@@ -114,8 +114,9 @@ class Export:
             settings = run.facts["settings"]
             models = Replay(self.vlm_type(**of(self.vlm_type, settings)), folder)
             try:
+                I0 = collabvr.load_image(folder / "input.png")
                 method = self.methods[name](models, Config(**of(Config, settings)))
-                method.run(run.picture(), run.facts["task"])
+                method.run(I0, run.facts["task"])
             finally:
                 models.lock.release()
         return models.asked
@@ -133,8 +134,10 @@ def of(kind: type, settings: dict) -> dict:
 
 @dataclass
 class Ask(Generic[VLM]):
-    """Puts the questions to a VLM. The same command goes on where it stopped. A question without a
-    usable reply counts as answered wrongly."""
+    """Puts the questions to a VLM. The same command goes on where it stopped.
+
+    A question without a usable reply counts as answered wrongly.
+    """
 
     points: tyro.conf.Positional[Path]  # the folder that export wrote
     vlm: VLM
@@ -166,9 +169,10 @@ class Ask(Generic[VLM]):
         with explained(f"{self.points}/points.jsonl: {point['id']} is no question",
                        KeyError, TypeError):
             parts = [files.restore(self.points, part) for part in point["parts"]]
-            question = point["role"], point["instructions"], parts, SCHEMAS[point["schema"]]
+            role, instructions, t = point["role"], point["instructions"], point["t"]
+            schema = SCHEMAS[point["schema"]]
         try:
-            return {"reply": models.ask(*question, point["t"]).model_dump()}
+            return {"reply": models.ask(role, instructions, parts, schema, t).model_dump()}
         except Problem:
             faults = [call.fault for call in models.calls[before:]]
             if len(faults) < 3:

@@ -51,7 +51,7 @@ def mean_absolute_error(truth: np.ndarray, told: np.ndarray) -> float:
 
 def verdicts(labels: list[Label], said: dict) -> list[tuple[str, str]]:
     """What the label says, and the reply."""
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for label in labels:
         if label.verdict is not None:
             reply = said[label.id]

@@ -104,7 +104,7 @@ def test_m1_stops_when_the_planner_sees_the_task_done():
     assert run.outcome() == ("complete", [1, 2])
 
 
-def test_m1_ends_at_the_step_cap_whatever_was_hoped_for():
+def test_m1_ends_at_the_step_cap():
     run = go(plan(left=2), plan(left=1), method="m1", N_max=2)
     assert run.outcome() == ("step_cap", [1, 2]) and run.cost["clips"] == 2
 
@@ -203,7 +203,7 @@ def test_of_a_clip_without_a_good_part_nothing_is_kept():
     assert run.outcome() == ("complete", [])
 
 
-def test_after_two_failures_an_accepted_clip_is_dropped():
+def test_after_two_failures_the_step_before_is_dropped():
     """And what was kept after it."""
     run = go(plan(left=2), accept("partial"), *[plan(), reject()] * 3, plan(), accept(),
              method="backtrack", M=1)
@@ -211,7 +211,7 @@ def test_after_two_failures_an_accepted_clip_is_dropped():
     assert run.shown() == [5] and run.outcome() == ("complete", [])
 
 
-def test_a_plan_may_find_the_task_done_after_going_back():
+def test_a_plan_may_end_the_run_after_going_back():
     run = go(plan(), reject(), plan(done=True), method="backtrack", M=1)
     assert run.roles() == "pvp" and run.outcome() == ("complete", [1])
 

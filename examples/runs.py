@@ -189,7 +189,7 @@ def verdicts(calls: list[Call]) -> list[Verdict]:
     about a clip, most of its replies decide."""
     found: list[tuple[Call, list[bool]]] = []  # clips, each with its replies
     for call in calls:
-        if call.role == "vgm" and call.fault is None:
+        if call.role == "vgm":
             found.append((call, []))
         elif call.role == "verifier" and call.reply and found:
             found[-1][1].append(call.reply.get("verdict") == "accept")

@@ -187,7 +187,7 @@ def test_the_good_part_of_a_rejected_clip_is_kept():
     assert run.roles() == "pvpv" and run.given("prompt") == ["move it", "go on"]
     assert run.given("frame") == [250, 1] and run.given("seconds") == [2, 2]
     assert run.shown() == [1, 2] and len(run.result.video.frames) == 1 + 4 + 8
-    assert run.outcome() == ("complete", [1])
+    assert run.outcome() == ("complete", [1]) and run.cost["regenerations"] == 1
     assert "rejected, the first 1 s are kept: it went right" in run.models.vlm.told[2]
 
 
@@ -205,15 +205,15 @@ def test_of_a_clip_without_a_good_part_nothing_is_kept():
 
 def test_after_two_failures_the_step_before_is_dropped():
     """And what was kept after it."""
-    run = go(plan(left=2), accept("partial"), *[plan(), reject()] * 3, plan(), accept(),
-             method="backtrack", M=1)
-    assert run.given("frame") == [250, 1, 2, 3, 250]
-    assert run.shown() == [5] and run.outcome() == ("complete", [])
+    run = go(plan(left=3), accept("partial"), plan(left=2), accept("partial"),
+             *[plan(), reject()] * 3, plan(), accept(), method="backtrack", M=1)
+    assert run.given("frame") == [250, 1, 2, 3, 4, 1]
+    assert run.shown() == [1, 6] and run.outcome() == ("complete", [])
 
 
 def test_a_plan_may_end_the_run_after_going_back():
-    run = go(plan(), reject(), plan(done=True), method="backtrack", M=1)
-    assert run.roles() == "pvp" and run.outcome() == ("complete", [1])
+    run = go(plan(), reject(), plan(), reject(), plan(done=True), method="backtrack", M=1)
+    assert run.shown() == [1, 2] and run.outcome() == ("complete", [1])
 
 
 def test_backtracking_has_the_routers_budget():

@@ -1,131 +1,164 @@
 """Every method of the paper on the same held-out mazes: score, seconds of video, calls.
 
-    python -m examples.maze.compare --out runs/compare
-    python -m examples.maze.compare --out runs/compare --methods single collabvr --mazes 10
-    python -m examples.maze.compare --out runs/compare --methods collabvr qwen9b qwen27b gemini
-    python -m examples.maze.compare --out runs/compare --segments foreign --mazes 100
-    python -m examples.maze.compare --methods route1 best1 replan1     what follows a rejection
+    python -m examples.maze.compare
+    python -m examples.maze.compare --methods single collabvr --mazes 10
+    python -m examples.maze.compare --methods collabvr gemini qwen27b qwen9b
+    python -m examples.maze.compare --segments foreign --mazes 100 --methods route1 best1 replan1
+    python -m examples.maze.compare --vlm-url URL --vlm NAME --methods single collabvr
 
-The mazes come from seeds that training never used. `foreign` ones are made and drawn by another
-program, in other palettes, and get as many steps as their path has segments, three at least. A
-score comes from world.py's rule, never from the VLM that steered. Each finished run is a line in
-OUT/runs.jsonl, and the same command with the same code goes on; results.json has the means.
+The last one asks a VLM in place of the oracle, and says how well it supervises. Its table ends
+with the floor, which is a still film, and the ceiling, which is CollabVR by the oracle.
+
+single .. collabvr are the methods of examples/baselines.py, best and replan CollabVR without its
+router. gemini, qwen27b and qwen9b are CollabVR by an oracle that errs at those VLMs' rates (the
+paper's Table 6). steps1 .. have other N_max; attempts1 .. are M2 with other M. route1, best1,
+replan1, and gemini-route1 .., have M = 1, so that what follows a rejection shows.
+
+The mazes come from seeds that training never used. Foreign ones are made and drawn by another
+program, in other palettes, and get as many steps as their path has segments, three at least. The
+score comes from a rule, never from the VLM that steered. Each run has its folder in --out, and
+the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import functools
 import multiprocessing
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from tqdm import tqdm
 
-import collabvr
-from collabvr import Call, CollabVR, Config, Models, OpenAIVLM, Problem, Wan
+from collabvr import Call, Clip, CollabVR, Config, Problem, RecordedModels, Result
 from examples import baselines, cli, stats
-from examples.maze import figures, foreign, vlm, world
-from examples.maze.run import CONFIG, VLM, WAN
+from examples.maze import figures, foreign, rule, world
+from examples.maze.oracle import Oracle
+from examples.maze.run import SECONDS, TinyWan, supervisor
 
-SUPERVISORS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
-    "gemini": vlm.Errors(0.848, 0.656, 0.680, 1),
-    "qwen27b": vlm.Errors(0.824, 0.448, 0.587, 2),
-    "qwen9b": vlm.Errors(0.776, 0.408, 0.564, 3),
+READERS = {  # the paper's Table 6: accept recall, reject recall, plan depth; and a seed
+    "gemini": Oracle(0.848, 0.656, 0.680, 1),
+    "qwen27b": Oracle(0.824, 0.448, 0.587, 2),
+    "qwen9b": Oracle(0.776, 0.408, 0.564, 3),
 }
-HEADLINE = [
-    "single", "pass2", "pass4", "videotpo", "preplan", "m1", "m2", "collabvr", "best", "replan"]
-NUMBERS = ["solved", "score", "vgm_seconds", "clips", "vlm_calls", "steps", "regenerations"]
 
 
-def methods() -> dict[str, tuple[type, dict]]:
-    """What can be compared, by name: a class, and what differs from run.py's CONFIG."""
-    found: dict[str, tuple[type, dict]] = {}
-    for name, method in baselines.METHODS.items():
-        found[name] = (method, {})
-    for policy in ("best", "replan"):  # in place of the router
-        found[policy] = (CollabVR, {"on_exhausted": policy})
+class Still(CollabVR):
+    """The input image for as long as a clip of step 1. Nobody is asked."""
+
+    def run(self, I0, q: str) -> Result:
+        I0 = self.models.begin(I0, q)
+        T = 1 + round(TinyWan.fps * self.config.seconds_first)
+        return Result(Clip(np.repeat(I0[None], T, 0), TinyWan.fps), "unverified", [])
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared."""
+
+    kind: type[CollabVR]
+    changes: dict = field(default_factory=dict)  # of Config
+    reader: Oracle | None = None  # None: the oracle or the VLM that the options name
+
+
+def methods() -> dict[str, Method]:
+    found = {name: Method(kind) for name, kind in baselines.METHODS.items()}
+    for policy in ("best", "replan"):
+        found[policy] = Method(CollabVR, {"on_exhausted": policy})
     for k in range(1, 6):
-        found[f"steps{k}"] = (CollabVR, {"N_max": k})
-        found[f"attempts{k}"] = (baselines.M2, {"M": k})  # as in Fig. 13
-    for supervisor in SUPERVISORS:
-        found[supervisor] = (CollabVR, {})
-    for prefix in ("", *(f"{supervisor}-" for supervisor in SUPERVISORS)):
-        for policy in ("route", "best", "replan"):
-            found[f"{prefix}{policy}1"] = (CollabVR, {"on_exhausted": policy, "M": 1})
+        found[f"steps{k}"] = Method(CollabVR, {"N_max": k})
+        found[f"attempts{k}"] = Method(baselines.M2, {"M": k})  # as in Fig. 13
+    for policy in ("route", "best", "replan"):
+        found[f"{policy}1"] = Method(CollabVR, {"on_exhausted": policy, "M": 1})
+    for name, reader in READERS.items():
+        found[name] = Method(CollabVR, reader=reader)
+        for policy in ("route1", "best1", "replan1"):
+            found[f"{name}-{policy}"] = replace(found[policy], reader=reader)
+    found["floor"] = Method(Still)
+    found["ceiling"] = Method(CollabVR, reader=Oracle())
     return found
 
 
 METHODS = methods()
+Name: Any = Literal[tuple(METHODS)]
+HEADLINE = [
+    "single", "pass2", "pass4", "videotpo", "preplan", "m1", "m2", "collabvr", "best", "replan"]
+NUMBERS = ["steps", "regenerations", "clips", "vlm_calls", "vgm_seconds"]
 
 
 # ------------------------------------------------------------------------------
 # One method on one maze, in a process of its own
 
-GENERATOR: Any = None
-URLS: dict[str, str] = {}  # of each supervisor's endpoint; "" makes no mistakes
 
-
-def start(vgm: str) -> None:
-    """Once a process: one thread, the generator and an endpoint for each supervisor."""
+@functools.cache
+def generator(vgm: Path) -> TinyWan:
+    """Loaded once a process, which has one thread."""
     import torch
 
-    global GENERATOR
     torch.set_num_threads(1)
-    logging.getLogger("collabvr").setLevel(logging.ERROR)
-    GENERATOR = Wan(**{**WAN, "vgm": vgm})
-    for name, errors in {"": vlm.Errors(), **SUPERVISORS}.items():
-        server = vlm.serve(errors=errors)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        URLS[name] = f"http://127.0.0.1:{server.server_port}/v1"
+    return TinyWan(vgm=str(vgm))
 
 
-def sample(method: str, segments: int | str, i: int, seed: int) -> dict:
-    """One method on one maze, as a flat row."""
-    kind, changes = METHODS[method]
-    config = {**CONFIG, **changes}
-    if segments == "foreign":
-        maze, picture = foreign.foreign(i, seed)
+@dataclass
+class Job:
+    """A method on the i-th maze of that many segments."""
+
+    method: str
+    segments: str
+    i: int
+    seed: int
+    vgm: Path
+    vlm: Any
+    out: Path
+
+    def maze(self) -> tuple[world.Maze, np.ndarray, int]:
+        """With its picture, and how many steps it may take at least."""
+        if self.segments != "foreign":
+            maze = foreign.held_out(int(self.segments), self.i, self.seed)
+            return maze, world.draw(maze), 3
+        maze, picture = foreign.foreign(self.i, self.seed)
         way = world.segments(world.shortest_path(maze.open, maze.start, maze.goal))
-        config = {"N_max": max(3, len(way)), **config}
-    else:
-        maze = foreign.held_out(int(segments), i, seed)
-        picture = world.draw(maze)
-    supervisor = method.partition("-")[0]
-    url = URLS.get(supervisor, URLS[""])
-    models = Models(GENERATOR, OpenAIVLM(**VLM, vlm_url=url), seed=1000 * i)
-    settled = Config(**config)
-    result = kind(models, settled).run(picture, world.task(maze))
-    by_rule = world.score(result.video.frames, maze)
-    fine = by_rule.one_circle and not by_rule.left_corridors and not by_rule.jumped
-    cost = models.cost()
-    return {
-        "method": method,
-        "segments": segments,
-        "i": i,
-        "seed": seed,
-        "status": result.status,
-        "solved": float(by_rule.solved),
-        "score": by_rule.progress * fine,
-        "exhausted": exhausted(models.calls, settled),
-        "vlm_calls": sum(n for role, n in cost["calls"].items() if role != "vgm"),
-        **{name: cost[name] for name in ("vgm_seconds", "clips", "steps", "regenerations")},
-    }
+        return maze, picture, max(3, len(way))
+
+    def run(self) -> dict:
+        """A flat row. A run that ends because no reply can be used has a score of 0."""
+        method = METHODS[self.method]
+        maze, picture, N_max = self.maze()
+        config = Config(**{
+            "N_max": N_max, "seconds_first": SECONDS, "seconds_next": SECONDS, **method.changes})
+        folder = self.out / self.method / f"{self.segments}-{self.i}"
+        models = RecordedModels(
+            generator(self.vgm), method.reader or self.vlm, folder, seed=1000 * self.i)
+        try:
+            result = method.kind(models, config).run(picture, world.task(maze))
+        except Problem:
+            if not (models.calls and models.calls[-1].fault):
+                raise  # the model itself cannot go on
+            row = {"status": "failed", "solved": 0.0, "score": 0.0}
+        else:
+            frames = result.video.frames
+            score = world.score(frames, maze)
+            models.save(result, method=self.method, score=score.value,
+                        by_rule=rule.verdict(frames, maze))
+            row = {"status": result.status, "solved": float(score.solved), "score": score.value}
+        finally:
+            models.lock.release()
+        cost = models.cost()
+        row["exhausted"] = exhausted(models.calls, config)
+        row["vlm_calls"] = sum(call.role != "vgm" for call in models.calls)
+        return row | {name: cost[name] for name in NUMBERS if name in cost}
 
 
 def exhausted(calls: list[Call], config: Config) -> list[tuple[str, bool | None]]:
     """Of each step with M rejections: what was then decided, and whether the next clip that was
     verified (of regen, the joined one) was accepted; None if there was none."""
     replies = [call for call in calls if call.role in ("verifier", "router") and call.reply]
-    found = []
+    found: list[tuple[str, bool | None]] = []
     for i, call in enumerate(replies):
         tries = sum(other.t == call.t for other in replies[: i + 1])
         if tries != config.M or call.reply["verdict"] != "reject":
@@ -141,103 +174,56 @@ def exhausted(calls: list[Call], config: Config) -> list[tuple[str, bool | None]
 # ------------------------------------------------------------------------------
 # All of them
 
+VLM = TypeVar("VLM")
+
 
 @settings
-class Compare:
-    out: Path = Path("runs/compare")  # results folder, which resumes
-    methods: list[str] = field(default_factory=lambda: list(HEADLINE))  # names of what to compare
+class Compare(Generic[VLM]):
+    vlm: VLM  # a dataclass
+    out: Path = Path("runs/compare")  # results folder: the same one goes on
+    methods: list[Name] = field(default_factory=lambda: list(HEADLINE))  # what is compared
     # straight pieces of the shortest path, or foreign
     segments: list[Literal["1", "2", "3", "4", "foreign"]] = field(
         default_factory=lambda: ["1", "2", "3"])
     mazes: Annotated[int, Field(ge=1)] = 35  # for each number of segments
     seed: Annotated[int, Field(ge=0)] = 0  # of the mazes
-    vgm: Path = Path(WAN["vgm"])  # a checkpoint like tiny-wan
+    vgm: Path = Path(TinyWan.vgm)  # a checkpoint like tiny-wan
     workers: Annotated[int, Field(ge=1)] = 2  # processes, one thread each
 
     def run(self) -> int:
         """Compares, prints tables, draws figures. Raises Problem before anything is run."""
-        unknown = sorted(set(self.methods) - set(METHODS))
-        if unknown:
-            raise Problem(f"There is no method {unknown[0]}. There are: {', '.join(METHODS)}.")
-        if not (self.vgm / "model_index.json").is_file():
-            raise Problem(f"{self.vgm} is no diffusers checkpoint.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        rows = self.collect()
-        table = self.summaries(rows)
-        results = {"mazes": self.mazes, "seed": self.seed, "rows": table}
-        collabvr.write_file(self.out / "results.json", collabvr.to_json(results))
-        for each in (self.solved(rows), self.statistics(rows), self.exhaustion(rows)):
-            print(each.markdown())
+        # of the VLM a copy, because its client cannot be sent to other processes
+        for model in (TinyWan(vgm=str(self.vgm)), replace(self.vlm)):  # type: ignore[type-var]
+            if hasattr(model, "check"):
+                model.check()
+        if not isinstance(self.vlm, Oracle):
+            self.methods = [*self.methods, "floor", "ceiling"]
+        rows = self.rows()
+        for table in (self.solved(rows), self.statistics(rows), self.exhaustion(rows)):
+            print(table.markdown())
         try:
-            figures.draw(table, self.out)
+            figures.draw(rows, self.out)
         except Problem as problem:
             print(f"No figures: {problem}")
         return 0
 
-    def collect(self) -> list[dict]:
-        """All rows that are asked for: the same code's from the file, others from the workers."""
-        path = self.out / "runs.jsonl"
-        code = self.code()
-        done = {}
-        for row in recorded(path):
-            if row.get("code") == code:
-                done[row["method"], str(row["segments"]), row["i"], row["seed"]] = row
-        keys = [
-            (method, segments, i, self.seed)
+    def rows(self) -> dict[str, list[dict]]:
+        """Of each method the rows of all its runs."""
+        jobs = [
+            Job(method, segments, i, self.seed, self.vgm, self.vlm, self.out)
             for i in range(self.mazes)
             for segments in self.segments
             for method in self.methods
         ]
-        todo = [key for key in keys if key not in done]
-        spawned = multiprocessing.get_context("spawn")
-        with (
-            path.open("a") as file,
-            tqdm(total=len(keys), initial=len(keys) - len(todo), unit="run") as bar,
-            ProcessPoolExecutor(self.workers, spawned, start, (str(self.vgm),)) as pool,
-        ):
-            futures = {pool.submit(sample, *key): key for key in todo}
-            try:
-                for future in as_completed(futures):
-                    row = {**future.result(), "code": code}
-                    done[futures[future]] = row
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    bar.update()
-            finally:
-                pool.shutdown(cancel_futures=True)  # what is finished is in the file
-        return [done[key] for key in keys]
+        rows: dict[str, list[dict]] = {method: [] for method in self.methods}
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.workers, spawn) as pool:
+            done = tqdm(pool.map(Job.run, jobs), total=len(jobs), unit="run")
+            for job, row in zip(jobs, done, strict=True):
+                rows[job.method].append({"segments": job.segments, **row})
+        return rows
 
-    def code(self) -> str:
-        """A hash of all that a row depends on: an older row does not count."""
-        modules = (collabvr, baselines, vlm, world, foreign)
-        files = [Path(module.__file__ or "") for module in modules]
-        files += sorted(self.vgm.glob("*/*.safetensors"))
-        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-
-    def of(self, rows: list[dict], method: str, segments: str = "all") -> list[dict]:
-        return [
-            row for row in rows
-            if row["method"] == method and segments in (str(row["segments"]), "all")
-        ]
-
-    def summaries(self, rows: list[dict]) -> list[dict]:
-        """Means with intervals: per method and number of segments, and per method over all."""
-        found = []
-        for method in self.methods:
-            for segments in (*self.segments, "all"):
-                some = self.of(rows, method, segments)
-                row = {"method": method, "segments": segments, "n": len(some)}
-                for name in NUMBERS:
-                    values = [each[name] for each in some]
-                    row[name] = float(np.mean(values))
-                    if name == "solved":
-                        row["solved_ci"] = stats.wilson(values)
-                    else:
-                        row[f"{name}_ci"] = stats.bootstrap(np.mean, values)
-                found.append(row)
-        return found
-
-    def solved(self, rows: list[dict]) -> stats.Table:
+    def solved(self, rows) -> stats.Table:
         """Cost and solved share by number of segments, as the paper's Tables 1 and 3."""
         heads = [
             "foreign" if k == "foreign" else f"{k} segment{'' if k == '1' else 's'}"
@@ -245,66 +231,55 @@ class Compare:
         ]
         head = ["method", "VGM s", *(f"solved, {name}" for name in [*heads, "all"]), "score"]
         lines = []
-        for method in self.methods:
-            mine = self.of(rows, method)
-            line: list = [method, f"{np.mean([row['vgm_seconds'] for row in mine]):.1f}"]
-            for segments in (*self.segments, "all"):
-                some = self.of(rows, method, segments)
-                line.append(stats.percent(row["solved"] for row in some))
-            line.append(float(np.mean([row["score"] for row in mine])))
+        for method, mine in rows.items():
+            line = [method, stats.estimate(np.mean, column(mine, "vgm_seconds"), digits=1)]
+            for k in self.segments:
+                line.append(stats.percent(row["solved"] for row in mine if row["segments"] == k))
+            line.append(stats.percent(column(mine, "solved")))
+            line.append(stats.estimate(np.mean, column(mine, "score")))
             lines.append(line)
         return stats.Table("", head, lines)
 
-    def statistics(self, rows: list[dict]) -> stats.Table:
+    def statistics(self, rows) -> stats.Table:
         """mean / standard deviation / median / range of what a run took: Table 10."""
-        names = ["steps", "regenerations", "clips", "vlm_calls", "vgm_seconds"]
         lines = []
-        for method in self.methods:
+        for method, mine in rows.items():
             line = [method]
-            for name in names:
-                x = np.array([row[name] for row in self.of(rows, method)])
-                spread = f"{x.mean():.2f} / {x.std():.2f} / {np.median(x):g}"
-                line.append(f"{spread} / {x.min():g}-{x.max():g}")
+            for name in NUMBERS:
+                values = np.array(column(mine, name))
+                spread = f"{values.mean():.2f} / {values.std():.2f} / {np.median(values):g}"
+                line.append(f"{spread} / {values.min():g}-{values.max():g}")
             lines.append(line)
-        return stats.Table("", ["method", *names], lines)
+        return stats.Table("", ["method", *NUMBERS], lines)
 
-    def exhaustion(self, rows: list[dict]) -> stats.Table:
-        """What became of steps with M rejections; and the differences from the first method."""
+    def exhaustion(self, rows) -> stats.Table:
+        """What became of steps with M rejections, and the differences from the first method."""
         first = self.methods[0]
         head = ["method", "such mazes", "solved of them", "route: next clip accepted",
                 f"solved, minus {first}", f"VGM s, minus {first}"]
         lines = []
-        for method in self.methods:
-            mine, base = self.of(rows, method), self.of(rows, first)
-            hit = [row for row in mine if row["exhausted"]]
-            decisions = [tuple(each) for row in hit for each in row["exhausted"]]
+        for method, mine in rows.items():
+            met = [row for row in mine if row["exhausted"]]
+            decisions = [decision for row in met for decision in row["exhausted"]]
             accepted = []
-            for name in sorted({decision for decision, _ in decisions}):
-                times = sum(decision == name for decision, _ in decisions)
-                accepted.append(f"{name} {decisions.count((name, True))} of {times}")
-            line = [method, len(hit), f"{sum(row['solved'] for row in hit):.0f}",
-                    ", ".join(accepted)]
+            for route in sorted({route for route, _ in decisions}):
+                times = sum(each == route for each, _ in decisions)
+                accepted.append(f"{route} {decisions.count((route, True))} of {times}")
+            line = [method, len(met), f"{sum(column(met, 'solved')):.0f}", ", ".join(accepted)]
             for name in ("solved", "vgm_seconds"):
-                mean, low, high = stats.paired(
-                    [row[name] for row in base], [row[name] for row in mine])
+                mean, low, high = stats.paired(column(rows[first], name), column(mine, name))
                 line.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
             lines.append(line)
         return stats.Table("", head, lines)
 
 
-def recorded(path: Path) -> list[dict]:
-    """The rows of a file; a line that a kill cut off is left out, and run again."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(__doc__, Compare, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return cli.command(__doc__, Compare[supervisor(argv)], argv)  # type: ignore
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from examples import cli
+import numpy as np
+
+from examples import cli, stats
 from examples.baselines import METHODS
 
 
-def draw(table: list[dict], out: Path) -> None:
+def draw(rows: dict[str, list[dict]], out: Path) -> None:
     """Score against cost (Fig. 2); and of what was run, the budgets (Fig. 13), the supervisors."""
     cli.needed("matplotlib").use("Agg")
-    rows = {row["method"]: row for row in table if row["segments"] == "all"}
     points(rows, METHODS, "Score and cost", out / "score-cost.png")
     points(rows, ["collabvr", "gemini", "qwen27b", "qwen9b"], "Supervisors",
            out / "supervisors.png")
@@ -19,10 +20,12 @@ def draw(table: list[dict], out: Path) -> None:
     sweep(rows, "steps", "planning steps N_max", out / "steps.png")
 
 
-def errors(row: dict, name: str) -> list[list[float]]:
-    """How far an interval goes below and above its mean, as matplotlib wants it."""
-    low, high = row[f"{name}_ci"]
-    return [[abs(row[name] - low)], [abs(high - row[name])]]
+def estimate(rows: list[dict], name: str) -> tuple[float, list[list[float]]]:
+    """A mean, and how far its interval goes below and above, as matplotlib wants it."""
+    values = [row[name] for row in rows]
+    mean = float(np.mean(values))
+    low, high = stats.bootstrap(np.mean, values)
+    return mean, [[mean - low], [high - mean]]
 
 
 def points(rows: dict, names, title: str, path: Path) -> None:
@@ -34,21 +37,14 @@ def points(rows: dict, names, title: str, path: Path) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for marker, name in zip("osD^v<>PX", names, strict=False):
-        row = rows[name]
-        axes.errorbar(
-            row["vgm_seconds"],
-            row["score"],
-            xerr=errors(row, "vgm_seconds"),
-            yerr=errors(row, "score"),
-            fmt=marker,
-            capsize=2,
-            label=name,
-        )
+        seconds, seconds_error = estimate(rows[name], "vgm_seconds")
+        score, score_error = estimate(rows[name], "score")
+        axes.errorbar(seconds, score, score_error, seconds_error, marker, capsize=2, label=name)
     axes.legend(loc="lower right", ncols=2)
-    axes.set_title(f"{title} ({rows[names[0]]['n']} mazes each, 95 % intervals)")
+    axes.set_title(f"{title} ({len(rows[names[0]])} mazes each, 95 % intervals)")
     axes.set_xlabel("VGM seconds a maze")
     axes.set_ylabel("score by rule")
-    axes.set_xlim(0, 1.2 * max(rows[name]["vgm_seconds"] for name in names))
+    axes.set_xlim(0, None)
     axes.set_ylim(0, 1.1)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -65,16 +61,13 @@ def sweep(rows: dict, stem: str, title: str, path: Path) -> None:
     figure, both = pyplot.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
     labels = {"score": "score by rule", "vgm_seconds": "VGM seconds a maze"}
     for axes, (name, label) in zip(both, labels.items(), strict=True):
-        means = [rows[f"{stem}{k}"][name] for k in budgets]
-        spans = [errors(rows[f"{stem}{k}"], name) for k in budgets]
-        below = [span[0][0] for span in spans]
-        above = [span[1][0] for span in spans]
-        axes.errorbar(budgets, means, [below, above], fmt="o-", capsize=2)
+        means, errors = zip(*(estimate(rows[f"{stem}{k}"], name) for k in budgets))
+        axes.errorbar(budgets, means, np.concatenate(errors, 1), fmt="o-", capsize=2)
         axes.set_xlabel(title)
         axes.set_xticks(budgets)
         axes.set_ylabel(label)
         axes.set_ylim(0, None)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{rows[f'{stem}{budgets[0]}']['n']} mazes each, 95 % intervals")
+    figure.suptitle(f"{len(rows[f'{stem}{budgets[0]}'])} mazes each, 95 % intervals")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

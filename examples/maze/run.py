@@ -3,19 +3,16 @@
     python -m examples.maze.run                      a 6x6 maze with three straight segments
     python -m examples.maze.run --maze-seed 7        another one
     python -m examples.maze.run --image maze.png     your own, square, 16 pixels a cell
+    python -m examples.maze.run --vlm-url http://localhost:8000/v1 --vlm NAME     by a VLM
 
-All other options are those of collabvr.py: `python collabvr.py --help` lists them.
-
-The planner, verifier and router are asked over HTTP, at an endpoint that this program starts
-(vlm.py). The clips come from diffusers' WanImageToVideoPipeline with the checkpoint in tiny-wan/.
+It shows how to bring two models of one's own: TinyWan, a checkpoint that runs on a CPU, and
+Oracle, a Python function. All other options are collabvr.py's; image and task need not be given.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-import tempfile
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,83 +22,81 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 import collabvr
-from examples import cli, runs
-from examples.maze import rule, vlm, world
-from examples.report import pages
+from examples import cli
+from examples.maze import rule, world
+from examples.maze.oracle import Oracle
 
-# what tiny-wan was trained for: clips of 17 frames, all of which the verifier sees
-CONFIG = {"seconds_first": 2.0, "seconds_next": 2.0}
-VLM = {"vlm": vlm.MODEL, "verify_fps": 8.0}
-WAN = {
-    "vgm": str(Path(__file__).resolve().parent / "tiny-wan"),
-    "fps": 8,
-    "sampling_steps": 12,
-    "guidance_scale": 1.0,
-}
-OPTIONS = []  # of collabvr.py
-for name, value in (CONFIG | VLM | WAN).items():
-    OPTIONS += [f"--{name.replace('_', '-')}", str(value)]
-TASK = "Move the circle to the goal square."
+
+@settings
+class TinyWan(collabvr.Wan):
+    """A checkpoint of 12 MB that knows mazes only."""
+
+    vgm: str = str(Path(__file__).resolve().parent / "tiny-wan")
+    fps: Annotated[int, Field(ge=1, le=240)] = 8
+    sampling_steps: Annotated[int, Field(ge=1)] = 12
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+
+
+SECONDS = 2.0  # of every clip: tiny-wan has learned no other length
+
+
+@settings
+class VLM(collabvr.OpenAIVLM):
+    """A VLM that sees every frame of those clips."""
+
+    verify_fps: Annotated[float, Field(gt=0)] = 8.0
+
+
+def supervisor(argv: list[str]) -> type:
+    """The VLM if the options name one, or else the oracle."""
+    return VLM if any(word.startswith("--vlm") for word in argv) else Oracle
 
 
 @settings
 class Options:
-    out: Path | None = None  # run folder (default: runs/maze-SEED, or runs/NAME of the picture)
-    maze_seed: Annotated[int, Field(ge=0)] = 5  # which maze
-    image: Path | None = None  # a maze picture of your own instead
-    task: str | None = None  # what the video should show (default: the circle moves to the goal)
+    maze_seed: Annotated[int, Field(ge=0)] = 5
+    image: Path | None = None
+    out: Path | None = None
 
 
-@dataclass
-class Job:
-    """A picture, what is to be done, and where the run goes."""
-
-    image: Path
-    task: str
-    out: Path
-    maze: world.Maze | None  # known when the maze is ours
-
-
-def prepare(options: Options, drawings: Path) -> Job:
-    """Draws the maze into that folder, or checks the picture that was given. Raises Problem."""
-    if options.image is not None:
-        out = options.out or Path("runs", options.image.stem)
-        with collabvr.explained(f"{options.image} shows no maze that can be read; without --image "
-                                "there is one to try", ValueError):
-            world.read(collabvr.load_image(options.image))
-        return Job(options.image, options.task or TASK, out, None)
-    maze = world.make(6, 3, np.random.default_rng([2026, options.maze_seed]))
-    out = options.out or Path(f"runs/maze-{options.maze_seed}")
-    image = drawings / f"maze-{options.maze_seed}.png"
-    iio.imwrite(image, world.draw(maze))
-    return Job(image, options.task or world.task(maze), out, maze)
-
-
-def run(argv: list[str] | None) -> int:
+def run(argv: list[str]) -> int:
     import tyro
 
-    options, others = tyro.cli(
-        Options, description=__doc__, args=argv, prog=cli.program(), return_unknown_args=True)
-    # the picture waits elsewhere: only collabvr.main knows whether the run folder may be used
-    with tempfile.TemporaryDirectory() as drawings, vlm.serve() as server:
-        job = prepare(options, Path(drawings))
-        arguments = ["--image", str(job.image), "--task", job.task, "--out", str(job.out), *OPTIONS]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        try:
-            status = collabvr.main(argv=[*arguments, "--vlm-url", url, *others])
-        finally:  # also when an option is wrong: a server that was closed only would spin
-            server.shutdown()
-    if status == 0 and job.maze is not None:
-        collabvr.show({"by rule": rule.verdict(runs.load_run(job.out).frames(), job.maze)})
-    if status in (0, 1, 130) and (job.out / "calls.jsonl").exists():
-        collabvr.show({"page": collabvr.clean(str(pages.write(job.out)))})
+    if "--help" in argv:
+        print(__doc__)
+        return collabvr.main(TinyWan, supervisor(argv), argv)
+    options, others = tyro.cli(Options, args=argv, return_unknown_args=True)
+    stem = options.image.stem if options.image else f"maze-{options.maze_seed}"
+    out = options.out or Path("runs", stem)
+    image = options.image or out.with_name(f"{out.name}.png")
+    if options.image is None:
+        image.parent.mkdir(parents=True, exist_ok=True)
+        maze = world.make(6, 3, np.random.default_rng([2026, options.maze_seed]))
+        iio.imwrite(image, world.draw(maze))
+    with collabvr.explained(f"{image} shows no maze that can be read", ValueError):
+        maze = rule.maze_of(collabvr.load_image(image))
+    status = collabvr.main(TinyWan, supervisor(argv), [
+        "--image", str(image), "--task", world.task(maze), "--out", str(out),
+        "--seconds-first", str(SECONDS), "--seconds-next", str(SECONDS), *others])
+    if status == 0:
+        print(f"{'by rule':17} {add_score(out, maze)}")
+        print(f"{'page':17} python -m examples.report {out}")
     return status
+
+
+def add_score(out: Path, maze: world.Maze) -> str:
+    """Writes into the run's trace what the rule says of its video."""
+    frames = iio.imread(out / "video.mp4", plugin="pyav")
+    trace = json.loads((out / "trace.json").read_bytes())
+    trace["by_rule"] = rule.verdict(frames, maze)
+    trace["score"] = world.score(frames, maze).value
+    collabvr.write_file(out / "trace.json", json.dumps(trace, indent=2).encode())
+    return trace["by_rule"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status of collabvr.main; 2 with a sentence if the picture is no maze."""
-    return cli.guarded(lambda: run(argv))
+    return cli.guarded(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

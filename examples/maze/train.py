@@ -53,7 +53,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from collabvr import Problem
 from examples import cli, stats
-from examples.maze import foreign, world
+from examples.maze import foreign, moves, world
 
 SHIPPED = Path(__file__).parent / "tiny-wan"
 CUDA = torch.cuda.is_available()
@@ -98,7 +98,7 @@ def example(n: int, rng: np.random.Generator, horizon: int = 2,
 def names(look: world.Look, rng) -> tuple[str, str]:
     """What a prompt calls the circle, and the colour of the goal: "the blue ball", "green"."""
     noun = rng.choice(["circle", "circle", "circle", "ball", "dot"])
-    return f"the {world.colour_word(look.circle)} {noun}", world.colour_word(look.goal)
+    return f"the {moves.colour_word(look.circle)} {noun}", moves.colour_word(look.goal)
 
 
 def training_look(rng: np.random.Generator) -> world.Look:

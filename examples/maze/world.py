@@ -16,6 +16,9 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
+from examples.maze import moves
+
+Cell = tuple[int, int]  # row and column
 CELL = 16  # pixels a cell
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -388,28 +391,10 @@ def squareness(pixels: np.ndarray, floor, colour, blob: np.ndarray) -> float:
     return float(mean[0] / (mean[1] * mean[2]))
 
 
-def colour_word(rgb) -> str:
-    """A plain English word for a colour, by its hue (degrees), saturation and value."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*(float(c) / 255 for c in rgb))
-    hue *= 360
-    if value < 0.2:
-        return "black"
-    if saturation < 0.2 or saturation * value < 0.14:
-        return "white" if value > 0.87 else "grey"
-    if 8 < hue < 50 and (value < 0.65 or (saturation < 0.55 and value < 0.87)):
-        return "brown"
-    if (hue < 20 or hue > 345) and saturation < 0.5 and value > 0.7:
-        return "pink"
-    if 255 <= hue < 345:
-        return "pink" if hue > 290 and value > 0.75 else "purple"
-    ends = {"red": 16, "orange": 39, "yellow": 68, "green": 165, "cyan": 200, "blue": 255}
-    return next((word for word, end in ends.items() if hue < end), "red")
-
-
 def task(maze: Maze) -> str:
     """The whole maze as a task prompt."""
-    circle, goal = colour_word(maze.look.circle), colour_word(maze.look.goal)
-    return f"Move the {circle} circle through the maze to the {goal} square without crossing walls."
+    circle = f"the {moves.colour_word(maze.look.circle)} circle"
+    return moves.whole_tasks(circle, moves.colour_word(maze.look.goal))[1]
 
 
 # -------------------------------------------------------------------------------------------- score
@@ -432,6 +417,12 @@ class Score:
     # the last frame is clean, and no two frames in a row and no more than a tenth of them are not
     one_circle: bool
     end: tuple | None  # (row, col) of the last place in cells; None if there is none
+
+    @property
+    def value(self) -> float:
+        """The progress, or 0 if there is a fault."""
+        fine = self.one_circle and not self.left_corridors and not self.jumped
+        return self.progress * fine
 
 
 def track(frames: np.ndarray, first: Reading) -> list:

@@ -7,9 +7,9 @@
     python -m examples.maze.compare --vlm-url URL --vlm NAME --methods single collabvr
 
 The last one asks a VLM in place of the oracle, and says how well it supervises. Its table ends
-with the floor, which is a still film, and the ceiling, which is CollabVR by the oracle.
+with the floor, still, and the ceiling, which is CollabVR by the oracle.
 
-single .. collabvr are the methods of examples/baselines.py, best and replan CollabVR without its
+still .. collabvr are the methods of examples/baselines.py, best and replan CollabVR without its
 router. gemini, qwen27b and qwen9b are CollabVR by an oracle that errs at those VLMs' rates (the
 paper's Table 6). steps1 .. have other N_max; attempts1 .. are M2 with other M. route1, best1,
 replan1, and gemini-route1 .., have M = 1, so that what follows a rejection shows.
@@ -27,6 +27,7 @@ import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -35,8 +36,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 from tqdm import tqdm
 
-from collabvr import Call, Clip, CollabVR, Config, Problem, RecordedModels, Result
-from examples import baselines, cli, stats
+from collabvr import Call, CollabVR, Config, Problem, RecordedModels
+from examples import baselines, cli, runs, stats
 from examples.maze import figures, foreign, rule, world
 from examples.maze.oracle import Oracle
 from examples.maze.run import SECONDS, TinyWan, supervisor
@@ -46,15 +47,6 @@ READERS = {  # the paper's Table 6: accept recall, reject recall, plan depth; an
     "qwen27b": Oracle(0.824, 0.448, 0.587, 2),
     "qwen9b": Oracle(0.776, 0.408, 0.564, 3),
 }
-
-
-class Still(CollabVR):
-    """The input image for as long as a clip of step 1. Nobody is asked."""
-
-    def run(self, I0, q: str) -> Result:
-        I0 = self.models.begin(I0, q)
-        T = 1 + round(TinyWan.fps * self.config.seconds_first)
-        return Result(Clip(np.repeat(I0[None], T, 0), TinyWan.fps), "unverified", [])
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,6 @@ def methods() -> dict[str, Method]:
         found[name] = Method(CollabVR, reader=reader)
         for policy in ("route1", "best1", "replan1"):
             found[f"{name}-{policy}"] = replace(found[policy], reader=reader)
-    found["floor"] = Method(Still)
     found["ceiling"] = Method(CollabVR, reader=Oracle())
     return found
 
@@ -122,8 +113,7 @@ class Job:
             maze = foreign.held_out(int(self.segments), self.i, self.seed)
             return maze, world.draw(maze), 3
         maze, picture = foreign.foreign(self.i, self.seed)
-        way = world.segments(world.shortest_path(maze.open, maze.start, maze.goal))
-        return maze, picture, max(3, len(way))
+        return maze, picture, max(3, len(world.segments(maze.path())))
 
     def run(self) -> dict:
         """A flat row. A run that ends because no reply can be used has a score of 0."""
@@ -141,10 +131,9 @@ class Job:
                 raise  # the model itself cannot go on
             row = {"status": "failed", "solved": 0.0, "score": 0.0}
         else:
-            frames = result.video.frames
-            score = world.score(frames, maze)
+            score = rule.score(result.video.frames, maze)
             models.save(result, method=self.method, score=score.value,
-                        by_rule=rule.verdict(frames, maze))
+                        by_rule=rule.verdict(score))
             row = {"status": result.status, "solved": float(score.solved), "score": score.value}
         finally:
             models.lock.release()
@@ -155,19 +144,21 @@ class Job:
 
 
 def exhausted(calls: list[Call], config: Config) -> list[tuple[str, bool | None]]:
-    """Of each step with M rejections: what was then decided, and whether the next clip that was
-    verified (of regen, the joined one) was accepted; None if there was none."""
-    replies = [call for call in calls if call.role in ("verifier", "router") and call.reply]
-    found: list[tuple[str, bool | None]] = []
-    for i, call in enumerate(replies):
-        tries = sum(other.t == call.t for other in replies[: i + 1])
-        if tries != config.M or call.reply["verdict"] != "reject":
-            continue
-        decision = config.on_exhausted
-        if i + 1 < len(replies) and replies[i + 1].role == "router":
-            decision = replies[i + 1].reply["action"]
-        later = [other for other in replies[i + 1 :] if other.role == "verifier"]
-        found.append((decision, later[0].reply["verdict"] == "accept" if later else None))
+    """Of each step with M rejections what was then decided, and what came of it.
+
+    That is whether the next clip that was verified (of regen, the joined one) was accepted; None
+    if there was none.
+    """
+    verdicts = runs.verdicts(calls)
+    routes = {}
+    for call in calls:
+        if call.role == "router" and call.reply:
+            routes[call.t] = call.reply["action"]
+    found = []
+    for verdict, following in zip_longest(verdicts, verdicts[1:]):
+        if verdict.j == config.M and not verdict.accepted:
+            decision = routes.get(verdict.t, config.on_exhausted)
+            found.append((decision, following.accepted if following else None))
     return found
 
 
@@ -197,7 +188,7 @@ class Compare(Generic[VLM]):
             if hasattr(model, "check"):
                 model.check()
         if not isinstance(self.vlm, Oracle):
-            self.methods = [*self.methods, "floor", "ceiling"]
+            self.methods = [*self.methods, "still", "ceiling"]
         rows = self.rows()
         for table in (self.solved(rows), self.statistics(rows), self.exhaustion(rows)):
             print(table.markdown())

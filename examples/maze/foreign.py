@@ -36,18 +36,19 @@ def foreign(i: int, seed: int) -> tuple[world.Maze, np.ndarray]:
     n = int(rng.integers(5, 9))
     edge = int(rng.integers(2)) if n % 2 else 0  # a wall all around, or corridors up to the edge
     corridors = prim(n, edge, rng)
-    cells = np.argwhere(corridors)
-    start, goal = (tuple(map(int, cells[k])) for k in rng.choice(len(cells), 2, replace=False))
-    names = PALETTES[rng.integers(len(PALETTES))]
-    half, radius = int(rng.integers(11, 17)), int(rng.integers(11, 16))
-    look = world.Look(*map(ImageColor.getrgb, names), radius=radius / CELL, half=half / CELL)
+    cells = world.corridor_cells(corridors)
+    start, goal = (cells[i] for i in rng.choice(len(cells), 2, replace=False))
+    wall, floor, circle, square = map(ImageColor.getrgb, PALETTES[rng.integers(len(PALETTES))])
+    half = int(rng.integers(11, 17))
+    radius = int(rng.integers(11, 16))
+    look = world.Look(wall, floor, circle, square, radius / CELL, half / CELL)
 
-    picture = Image.new("RGB", (CELL * n, CELL * n), names[0])
+    picture = Image.new("RGB", (CELL * n, CELL * n), wall)
     pen = ImageDraw.Draw(picture)
-    for cell in cells.tolist():
-        pen.rectangle(box(cell, CELL // 2), fill=names[1])
-    pen.rectangle(box(goal, half), fill=names[3])
-    pen.ellipse(box(start, radius), fill=names[2])
+    for cell in cells:
+        pen.rectangle(box(cell, CELL // 2), fill=floor)
+    pen.rectangle(box(goal, half), fill=square)
+    pen.ellipse(box(start, radius), fill=circle)
     small = picture.resize((16 * n, 16 * n), Image.Resampling.LANCZOS)
     return world.Maze(corridors, start, goal, look), np.array(small)
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import colorsys
 
-KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
-INSIDE, WHOLE = (f" and keep it {state}" for state in KEPT)
+# how a correction may end
+INSIDE = " and keep it inside the corridor"
+WHOLE = " and keep it one whole circle"
 NO_JUMP = " without a jump"
+
+
+def but_not(wrong) -> str:
+    """wrong: what the circle did, a direction or a number of cells."""
+    return f", not {wrong}"
 
 
 def colour_word(rgb) -> str:
@@ -35,11 +41,6 @@ def cells(count: int | str) -> str:
 def move(thing: str, way: str) -> str:
     """An order. way: 'right 3 cells', or 'to the green square'."""
     return f"Move {thing} {way}"
-
-
-def but_not(wrong) -> str:
-    """The end of a correction: what the circle did, a direction or a number of cells."""
-    return f", not {wrong}"
 
 
 def rest(thing: str, way: str) -> str:

@@ -17,8 +17,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 from collabvr import Clip, Picture, Problem, digest
-from examples.maze import moves, world
-from examples.maze.world import Cell, Reading
+from examples.maze import moves, pixels, rule, world
+from examples.maze.pixels import Reading
+from examples.maze.world import Cell, Place
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,15 +66,15 @@ class Scene:
 
     def __init__(self, parts: list):
         self.parts = parts
-        pictures = [part for part in parts if isinstance(part, np.ndarray)]
+        pictures = [part for part in parts if isinstance(part, np.ndarray)]  # I0 is the first
         self.clips = [part for part in parts if isinstance(part, Clip)]
-        self.first = world.read(pictures[0])  # the input image comes first
-        self.start = world.nearest_open(self.first.open, self.first.circle)
+        self.first = pixels.read(pictures[0])
         self.goal = self.first.goal
         self.has_clips = len(pictures) > 1  # last frames of H's
+        self.start = self.cell(self.first.circle)
         self.now = self.cell(self.read(pictures[-1]).circle or self.start)
-        self.circle = f"the {moves.colour_word(self.first.circle_colour)} circle"
-        self.square = f"the {moves.colour_word(self.first.goal_colour)} square"
+        self.circle = f"the {moves.colour_word(self.first.look.circle)} circle"
+        self.square = f"the {moves.colour_word(self.first.look.goal)} square"
 
     def said(self, label: str) -> str:
         """What follows the label in the last text that starts with it; "" if none does."""
@@ -84,14 +85,14 @@ class Scene:
         return found
 
     def read(self, frame: Picture) -> Reading:
-        return world.read(frame, like=self.first)
+        return pixels.read(frame, like=self.first)
 
     def cell(self, place) -> Cell:
         """The corridor cell that is nearest to a place."""
-        return world.nearest_open(self.first.open, place)
+        return world.nearest_corridor(self.first.corridors, place)
 
     def path(self, begin, end) -> list[Cell]:
-        return world.shortest_path(self.first.open, self.cell(begin), self.cell(end))
+        return world.shortest_path(self.first.corridors, self.cell(begin), self.cell(end))
 
     def move(self, direction: str, count: int) -> str:
         return moves.move(self.circle, f"{direction} {moves.cells(count)}")
@@ -204,15 +205,15 @@ def order(scene: Scene, path: list[Cell]) -> str:
 def first_fault(scene: Scene, readings: list[Reading], path) -> tuple[int, str, str] | None:
     """The frame of the first fault, what it is, and what would be right; None if all is well."""
     right = order(scene, path)
-    before = readings[0].circle or scene.start
+    before: Place = readings[0].circle or scene.start
     for i, reading in enumerate(readings):
         here = reading.circle
-        if reading.circles != 1:
+        if here is None or reading.circles != 1:
             if i + 1 < len(readings) and readings[i + 1].circles == 1:
                 continue  # one frame that flickers
             reason = f"From frame {i} on there are {reading.circles} circles."
             return i, reason, f"{right}{moves.WHOLE}."
-        if np.abs(np.subtract(here, before)).max() > world.JUMP:
+        if np.abs(np.subtract(here, before)).max() > rule.JUMP:
             return i, f"The circle jumps in frame {i}.", f"{right}{moves.NO_JUMP}."
         if np.abs(np.subtract(here, scene.cell(here))).max() > 0.7:
             return i, f"The circle leaves the corridor in frame {i}.", f"{right}{moves.INSIDE}."

@@ -87,9 +87,10 @@ def run(argv: list[str]) -> int:
 def add_score(out: Path, maze: world.Maze) -> str:
     """Writes into the run's trace what the rule says of its video."""
     frames = iio.imread(out / "video.mp4", plugin="pyav")
+    score = rule.score(frames, maze)
     trace = json.loads((out / "trace.json").read_bytes())
-    trace["by_rule"] = rule.verdict(frames, maze)
-    trace["score"] = world.score(frames, maze).value
+    trace["by_rule"] = rule.verdict(score)
+    trace["score"] = score.value
     collabvr.write_file(out / "trace.json", json.dumps(trace, indent=2).encode())
     return trace["by_rule"]
 

@@ -53,7 +53,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from collabvr import Problem
 from examples import cli, stats
-from examples.maze import foreign, moves, world
+from examples.maze import foreign, moves, rule, world
 
 SHIPPED = Path(__file__).parent / "tiny-wan"
 CUDA = torch.cuda.is_available()
@@ -69,7 +69,6 @@ SHARES = {  # of --minutes
 # What it is trained on
 
 
-KEPT = ["inside the corridor", "one whole circle"]  # what a correction may ask for
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
@@ -119,7 +118,7 @@ def any_look(rng: np.random.Generator) -> world.Look:
         colours = [tuple(any_colour(rng)) for _ in range(4)]
         if rng.random() < 0.4:
             colours[:2] = world.THEMES[rng.integers(len(world.THEMES))]
-        if min(itertools.starmap(world.contrast, itertools.combinations(colours, 2))) > 75:
+        if world.told_apart(colours):
             half = rng.choice([rng.uniform(0.27, 0.42), 0.5], p=[0.85, 0.15])
             return world.Look(*colours, radius=rng.uniform(0.27, 0.41), half=half)
 
@@ -138,7 +137,7 @@ def mixed_look(rng: np.random.Generator) -> world.Look:
 def whole_task(n, rng, horizon: int, look: world.Look, thing: str, goal: str) -> Example:
     while True:
         maze = world.make(n, int(rng.integers(1, horizon + 1)), rng, look)
-        path = world.shortest_path(maze.open, maze.start, maze.goal)
+        path = maze.path()
         if len(path) <= 9:
             return Example(maze, path, task_prompt(thing, goal, rng))
 
@@ -159,15 +158,15 @@ def single_move(n, rng, look: world.Look, thing: str, goal: str) -> Example:
         asked = min(k + int(rng.integers(0, 3)), 7)
     begin = start
     beside = start + move * int(np.sign(offset))  # the cell that the circle then reaches into
-    if world.is_open(maze.open, beside):
+    if world.is_corridor(maze.corridors, beside):
         begin = tuple(np.add(start, offset * move))
 
     # Arriving on the goal is the hardest move.
     ends_on_goal = rng.random() < 0.3 or maze.goal == start
     if ends_on_goal:
-        maze = world.Maze(maze.open, start, end, look)
+        maze = world.Maze(maze.corridors, start, end, look)
     else:
-        maze = world.Maze(maze.open, start, maze.goal, look)
+        maze = world.Maze(maze.corridors, start, maze.goal, look)
     stop_at = goal if end == maze.goal else None
     prompt = move_prompt(thing, direction, k, asked, k == free, stop_at, rng)
     return Example(maze, [begin, end], prompt)
@@ -175,34 +174,29 @@ def single_move(n, rng, look: world.Look, thing: str, goal: str) -> Example:
 
 def place_to_move(maze: world.Maze, rng) -> tuple[tuple, str, int]:
     """A corridor cell, a direction, and how many cells are free there."""
-    cells = [tuple(map(int, c)) for c in np.argwhere(maze.open)]
+    cells = [tuple(map(int, c)) for c in np.argwhere(maze.corridors)]
     while True:
         start = cells[rng.integers(len(cells))]
         direction = str(rng.choice(list(world.MOVES)))
-        free = free_run(maze.open, start, direction)
+        free = free_run(maze.corridors, start, direction)
         if free > rng.integers(4):  # long moves are rarer in a maze, not less wanted
             return start, direction, free
 
 
-def free_run(open, cell, direction: str) -> int:
+def free_run(corridors, cell, direction: str) -> int:
     """How many corridor cells lie ahead of a cell before a wall."""
     k, move = 0, np.array(world.MOVES[direction])
-    while world.is_open(open, tuple(cell + (k + 1) * move)):
+    while world.is_corridor(corridors, tuple(cell + (k + 1) * move)):
         k += 1
     return k
 
 
 def task_prompt(thing: str, goal: str, rng) -> str:
     """A whole task in varied words, some with a correction after them."""
-    text = str(rng.choice([
-        f"Move {thing} to the {goal} square.",
-        f"Move {thing} through the maze to the {goal} square without crossing walls.",
-        f"Move {thing} along the corridors to the {goal} goal.",
-        f"Solve the maze: bring {thing} to the {goal} square and stop there.",
-    ]))
+    text = str(rng.choice(moves.whole_tasks(thing, goal)))
     if rng.random() < 0.2:
-        kept = rng.choice(KEPT)
-        text += f" Correction: Move {thing} to the {goal} square and keep it {kept}."
+        kept = rng.choice([moves.INSIDE, moves.WHOLE])
+        text += f" Correction: {moves.move(thing, f'to the {goal} square')}{kept}."
     return text
 
 
@@ -226,19 +220,18 @@ def move_prompt(thing: str, direction: str, k: int, asked: int, at_wall: bool,
         other_counts = [m for m in range(8) if m != asked]
         other_directions = [d for d in world.MOVES if d != direction]
         wrong = rng.choice([*map(str, other_counts), *other_directions])
-        kept = rng.choice(KEPT)
-        fix = rng.choice([
-            f", not {wrong}", f", not {wrong}", f" and keep it {kept}", " without a jump"])
-        text += f" Correction: Move {thing} {distance(direction, asked, rng)}{fix}."
+        kept = rng.choice([moves.INSIDE, moves.WHOLE])
+        fix = rng.choice([moves.but_not(wrong), moves.but_not(wrong), kept, moves.NO_JUMP])
+        text += f" Correction: {moves.move(thing, distance(direction, asked, rng))}{fix}."
     if asked != k:
-        text += f" Correction: From here move {thing} {distance(direction, k, rng)} and stop."
+        text += f" Correction: {moves.rest(thing, distance(direction, k, rng))}"
     return text
 
 
 def distance(direction: str, count: int, rng) -> str:
     """'left 2 cells', 'two cells left' or 'two cells to the left'."""
     number = str(count) if rng.random() < 0.7 else WORDS[count]
-    cells = f"{number} {'cell' if count == 1 else 'cells'}"
+    cells = moves.cells(number)
     side = direction
     if direction in ("left", "right") and rng.random() >= 0.5:
         side = f"to the {direction}"
@@ -274,16 +267,10 @@ def end_with_the_parent(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def board(maze: world.Maze) -> np.ndarray:
-    """The maze without circle and goal, uint8 (H, W, 3)."""
-    cells = np.where(maze.open[..., None], np.uint8(maze.look.floor), np.uint8(maze.look.wall))
-    return cells.repeat(world.CELL, 0).repeat(world.CELL, 1)
-
-
 def drawn(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Their films, uint8 (B, 17, H, W, 3), and their boards, uint8 (B, H, W, 3)."""
     films = np.stack([world.film(x.maze, x.path, NUM_FRAMES) for x in examples])
-    boards = np.stack([board(x.maze) for x in examples])
+    boards = np.stack([world.board(x.maze) for x in examples])
     return torch.from_numpy(films), torch.from_numpy(boards)
 
 
@@ -819,7 +806,7 @@ def unseen(kind: str, seed: int) -> Iterator[Example]:
         n = int(rng.integers(SIZES.start, SIZES.stop))
         if "segment" in kind:
             maze = world.make(n, int(kind[0]), rng)
-            path = world.shortest_path(maze.open, maze.start, maze.goal)
+            path = maze.path()
             yield Example(maze, path, world.task(maze))
             continue
         look = training_look(rng)
@@ -838,7 +825,7 @@ def load(folder: Path) -> WanImageToVideoPipeline:
 def is_right(pipe, x: Example, seed: int, sampling_steps: int) -> bool:
     """Whether the circle ends within half a cell of where the prompt wants it, stayed one circle,
     left no corridor and did not jump."""
-    side = len(x.maze.open) * world.CELL
+    side = len(x.maze.corridors) * world.CELL
     embeds, _ = pipe.encode_prompt(
         x.prompt, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
     frames = pipe(
@@ -846,9 +833,9 @@ def is_right(pipe, x: Example, seed: int, sampling_steps: int) -> bool:
         width=side, num_frames=NUM_FRAMES, guidance_scale=1.0,
         num_inference_steps=sampling_steps,
         generator=torch.Generator().manual_seed(seed)).frames[0]
-    s = world.score((frames * 255).round().astype(np.uint8), x.maze)
-    near = s.end is not None and np.abs(np.subtract(s.end, x.path[-1])).max() < 0.5
-    return bool(near and s.one_circle and not s.left_corridors and not s.jumped)
+    score = rule.score((frames * 255).round().astype(np.uint8), x.maze)
+    near = score.end is not None and np.abs(np.subtract(score.end, x.path[-1])).max() < 0.5
+    return bool(near and score.fine)
 
 
 Picture = tuple[world.Maze, np.ndarray]
@@ -871,7 +858,7 @@ def colour_errors(vae, pictures: list[Picture]) -> list[float]:
     for maze, picture in pictures:
         x = video(torch.from_numpy(picture)[None, None])
         y = round_trip(vae, x)
-        error = 127.5 * (y - x)[0, :, 0].reshape(3, len(maze.open), world.CELL, -1, world.CELL)
+        error = 127.5 * (y - x)[0, :, 0].reshape(3, len(maze.corridors), world.CELL, -1, world.CELL)
         middles = error[:, :, 5:-5, :, 5:-5].mean((2, 4))  # (3, n, n): the middle 6 x 6 of a cell
         circle, goal = (middles[:, row, column] for row, column in (maze.start, maze.goal))
         errors.append((circle.abs().mean() + goal.abs().mean()).item() / 2)

@@ -42,7 +42,7 @@ def test_colours_of_no_list_can_be_told_apart_and_many_are_pure():
     listed = [*world.CIRCLES.values(), *world.GOALS.values()]
     for look in looks:
         colours = [look.wall, look.floor, look.circle, look.goal]
-        assert min(world.contrast(a, b) for a in colours for b in colours if a != b) > 75
+        assert min(world.distance(a, b) for a in colours for b in colours if a != b) > 75
         assert 0.27 <= look.radius <= 0.41 and 0.27 <= look.half <= 0.5
         assert look.circle not in listed
     channels = np.array([look.circle for look in looks])

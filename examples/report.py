@@ -169,7 +169,10 @@ class Tried:
 
     @property
     def word(self) -> str:
-        return f"{self.d['verdict']}ed" if "verdict" in self.d else "not verified"
+        said = [check.reply["verdict"] for check in self.checks if check.reply]
+        if not said:
+            return "not verified"
+        return "accepted" if said.count("accept") > len(said) / 2 else "rejected"
 
     @property
     def tone(self) -> str:

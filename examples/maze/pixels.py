@@ -32,13 +32,7 @@ def read(image: np.ndarray, like: Reading | None = None) -> Reading:
     """
     if like:
         image = shrunk(image, CELL * len(like.corridors))
-    n = len(image) // CELL
-    if image.dtype != np.uint8 or image.shape != (n * CELL, n * CELL, 3) or not 3 <= n <= 16:
-        raise ValueError(f"a maze picture is uint8, square, 3 to 16 cells of {CELL} pixels a side, "
-                         f"not {image.dtype} {image.shape}")
-    if like and len(like.corridors) != n:
-        raise ValueError(f"the picture is {n} cells wide, but the task's first picture is "
-                         f"{len(like.corridors)}")
+    check_size(image, like)
     pixels = image.astype(np.float32)
     goal, look = (like.goal, like.look) if like else learn(pixels)
     # of each pixel: 0 wall, 1 floor, 2 circle, 3 goal
@@ -54,6 +48,17 @@ def read(image: np.ndarray, like: Reading | None = None) -> Reading:
         least = max(14, 0.3 * len(circles[0]))
         circles = [blob for blob in circles if len(blob) >= least]
     return Reading(corridors, centre(circles[0]) if circles else None, len(circles), goal, look)
+
+
+def check_size(image: np.ndarray, like: Reading | None) -> None:
+    n = len(image) // CELL
+    side = n * CELL
+    if image.dtype != np.uint8 or image.shape != (side, side, 3) or not 3 <= n <= 16:
+        raise ValueError(f"a maze picture is uint8, square, 3 to 16 cells of {CELL} pixels a side, "
+                         f"not {image.dtype} {image.shape}")
+    if like and len(like.corridors) != n:
+        raise ValueError(f"the picture is {n} cells wide, but the task's first picture is "
+                         f"{len(like.corridors)}")
 
 
 def shrunk(image: np.ndarray, side: int) -> np.ndarray:
@@ -161,11 +166,14 @@ def squareness(pixels: np.ndarray, floor: Colour, colour: Colour, blob: np.ndarr
     way = np.subtract(colour, floor, dtype=float)
     share = (pixels[top:bottom, left:right] - floor) @ way / (way @ way)
     weights = np.clip(2 * share - 0.5, 0, 1)
+
+    def mean(values):
+        return np.average(values, weights=weights)
+
     y, x = np.indices(weights.shape)
-    yy = np.square(y - np.average(y, weights=weights))
-    xx = np.square(x - np.average(x, weights=weights))
-    both = np.average(yy * xx, weights=weights)
-    return float(both / (np.average(yy, weights=weights) * np.average(xx, weights=weights)))
+    yy = np.square(y - mean(y))
+    xx = np.square(x - mean(x))
+    return float(mean(yy * xx) / (mean(yy) * mean(xx)))
 
 
 # ------------------------------------------------------------------------------

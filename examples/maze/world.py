@@ -25,19 +25,33 @@ Colour = Any  # RGB, 0..255: a tuple or an array
 CELL = 16  # pixels a cell
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
-# (wall, floor): dark walls, light walls, coloured walls
-THEMES = [
-    ((25, 25, 30), (245, 245, 245)), ((0, 0, 0), (255, 255, 255)),
-    ((70, 85, 100), (205, 212, 220)), ((40, 80, 140), (225, 235, 245)),
-    ((150, 70, 60), (240, 225, 205)), ((40, 90, 60), (230, 240, 220)),
-    ((90, 50, 110), (240, 230, 245)), ((30, 110, 115), (220, 240, 238)),
-    ((190, 160, 110), (255, 250, 235)), ((125, 125, 130), (250, 250, 245)),
-    ((170, 175, 182), (255, 255, 255)), ((140, 150, 190), (20, 22, 40)),
-    ((240, 240, 240), (62, 62, 72)), ((225, 215, 195), (80, 55, 45)),
+THEMES = [  # wall, floor
+    ((25, 25, 30), (245, 245, 245)),  # dark walls
+    ((0, 0, 0), (255, 255, 255)),
+    ((70, 85, 100), (205, 212, 220)),
+    ((40, 80, 140), (225, 235, 245)),  # coloured walls
+    ((150, 70, 60), (240, 225, 205)),
+    ((40, 90, 60), (230, 240, 220)),
+    ((90, 50, 110), (240, 230, 245)),
+    ((30, 110, 115), (220, 240, 238)),
+    ((190, 160, 110), (255, 250, 235)),
+    ((125, 125, 130), (250, 250, 245)),  # grey walls
+    ((170, 175, 182), (255, 255, 255)),
+    ((140, 150, 190), (20, 22, 40)),  # light walls
+    ((240, 240, 240), (62, 62, 72)),
+    ((225, 215, 195), (80, 55, 45)),
 ]
 CIRCLES = {
-    "red": (220, 40, 40), "blue": (40, 90, 220), "orange": (245, 140, 30), "pink": (240, 110, 180)}
-GOALS = {"green": (50, 170, 80), "red": (215, 50, 45), "yellow": (245, 205, 50)}
+    "red": (220, 40, 40),
+    "blue": (40, 90, 220),
+    "orange": (245, 140, 30),
+    "pink": (240, 110, 180),
+}
+GOALS = {
+    "green": (50, 170, 80),
+    "red": (215, 50, 45),
+    "yellow": (245, 205, 50),
+}
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,7 @@ def make_look(rng: np.random.Generator, free: float = 0.0) -> Look:
         circle: Colour = CIRCLES[rng.choice(list(CIRCLES))]
         goal: Colour = GOALS[rng.choice(list(GOALS))]
         if rng.random() < free:
-            circle = 255 * np.array(colorsys.hsv_to_rgb(*rng.random(3)))
-            goal = 255 * np.array(colorsys.hsv_to_rgb(*rng.random(3)))
+            circle, goal = any_hue(rng), any_hue(rng)
             if rng.random() < 0.5:
                 wall, floor = rng.integers(0, 256, (2, 3))
         wall, floor, circle, goal = (jittered(each, rng) for each in (wall, floor, circle, goal))
@@ -107,6 +120,10 @@ def make_look(rng: np.random.Generator, free: float = 0.0) -> Look:
             radius = rng.uniform(0.27, 0.38)
             half = rng.choice([rng.uniform(0.27, 0.4), 0.5], p=[0.85, 0.15])
             return Look(wall, floor, circle, goal, radius, half)
+
+
+def any_hue(rng: np.random.Generator) -> Colour:
+    return 255 * np.array(colorsys.hsv_to_rgb(*rng.random(3)))
 
 
 def jittered(colour: Colour, rng: np.random.Generator) -> Colour:
@@ -224,12 +241,16 @@ def draw(maze: Maze, at=None) -> np.ndarray:
     look = maze.look
     image = board(maze).astype(np.float32)
     dy, dx = offsets(image, maze.goal)
-    square = np.clip(look.half * CELL + 0.5 - np.maximum(abs(dy), abs(dx)), 0, 1)
-    image += square[..., None] * (np.float32(look.goal) - image)
+    paint(image, np.maximum(abs(dy), abs(dx)), look.half, look.goal)
     dy, dx = offsets(image, maze.start if at is None else at)
-    disc = np.clip(look.radius * CELL + 0.5 - np.hypot(dy, dx), 0, 1)
-    image += disc[..., None] * (np.float32(look.circle) - image)
+    paint(image, np.hypot(dy, dx), look.radius, look.circle)
     return image.round().astype(np.uint8)
+
+
+def paint(image: np.ndarray, far: np.ndarray, size: float, colour: Colour) -> None:
+    """Colours the pixels that are no farther than `size` cells; far: in pixels."""
+    share = np.clip(size * CELL + 0.5 - far, 0, 1)
+    image += share[..., None] * (np.float32(colour) - image)
 
 
 def board(maze: Maze) -> np.ndarray:

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -58,7 +59,7 @@ def test_foreign_mazes_can_be_read_and_solved():
         maze, picture = foreign.foreign(i, 0)
         seen = pixels.read(picture)
         assert (seen.corridors == maze.corridors).all() and seen.goal == maze.goal
-        assert np.abs(np.subtract(seen.circle, maze.start)).max() < 0.1
+        assert seen.circle and world.distance(seen.circle, maze.start) < 0.1
         assert maze.path()
 
 
@@ -79,7 +80,7 @@ def test_worn_pixels_can_be_read():
     right = names = 0
     for maze in mazes(50):
         seen = pixels.read(worn(world.draw(maze), rng))
-        near = np.abs(np.subtract(seen.circle, maze.start)).max() < 0.2
+        near = seen.circle and world.distance(seen.circle, maze.start) < 0.2
         same = (seen.corridors == maze.corridors).all() and seen.goal == maze.goal
         right += bool(near and same and seen.circles == 1)
         listed = min(world.CIRCLES.items(), key=lambda x: world.distance(x[1], maze.look.circle))
@@ -215,7 +216,9 @@ class Obedient:
 
     def __call__(self, frame, prompt, seconds, seed):
         first = pixels.read(world.draw(self.maze))
-        begin = tuple(round(x) for x in pixels.read(frame, like=first).circle)
+        circle = pixels.read(frame, like=first).circle
+        assert circle is not None
+        begin = pixels.cell_of(circle)
         way = re.findall(r"(up|down|left|right) (\d+) cell", prompt)
         if not way:  # the whole task
             return Clip(world.film(self.maze, self.maze.path()), 8)
@@ -318,8 +321,17 @@ def test_tiny_wan_knows_every_word_of_the_oracle():
 # run.py
 
 
-class Stub(BaseHTTPRequestHandler):
+class Server(ThreadingHTTPServer):
     """A VLM's endpoint that plans one step and accepts everything."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked = []  # names of schemas
+        self.options = ["--vlm-url", f"http://127.0.0.1:{self.server_port}/v1", "--vlm", "stub"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -339,11 +351,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stub():
-    """Its server, which says in `asked` what it was asked for. `options` lead there."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
-        server.asked = []
-        server.options = [
-            "--vlm-url", f"http://127.0.0.1:{server.server_port}/v1", "--vlm", "stub"]
+    with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -409,7 +417,7 @@ def test_a_vlm_stands_between_floor_and_ceiling(stub, tmp_path, capsys):
 
 
 def job(method, vlm, out):
-    return compare.Job(method, "1", 0, 0, run.TinyWan.vgm, vlm, out)
+    return compare.Job(method, "1", 0, 0, Path(run.TinyWan.vgm), vlm, out)
 
 
 def useless(instructions, parts, schema):

@@ -188,16 +188,14 @@ def test_the_papers_bounds():
 
 
 def test_attempts_of_a_step_share_frame_and_length():
-    """Each starts from f, which becomes the accepted clip's last frame (line 9). [D8]"""
-    run = go(plan(left=2), reject(), accept(), plan(), reject(), accept())
-    assert [clip.frame[0, 0, 0] for clip in run.made] == [250, 250, 2, 2]
+    """Each starts from f, which becomes the accepted clip's last frame (line 9). [D8]
+
+    Each clip has a seed of its own: the run's, plus the number of clips so far. [D6]
+    """
+    run = go(plan(left=2), reject(), accept(), plan(), reject(), accept(), seed=40)
+    assert [clip.frame[0, 0, 0] for clip in run.made] == [250, 250, 42, 42]
     assert [clip.seconds for clip in run.made] == [2, 2, 1, 1]
-
-
-def test_every_clip_has_a_seed_of_its_own():
-    """The run's seed plus the number of clips so far. [D6]"""
-    run = go(plan(left=2), reject(), accept(), plan(), accept(), seed=40)
-    assert [clip.seed for clip in run.made] == [40, 41, 42]
+    assert [clip.seed for clip in run.made] == [40, 41, 42, 43]
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -210,13 +208,9 @@ def test_complete_takes_planner_and_verifier(left):
 
 
 def test_a_planner_may_end_the_run():
-    """A later plan may find that nothing is left to do. [D1]"""
+    """A later plan may find that nothing is left to do, once a clip is in H. [D1]"""
     run = go(plan(left=2), accept("partial"), plan("", done=True, target=""))
     assert run.roles() == "pvp" and run.shown() == [1] and run.status == "complete"
-
-
-def test_no_planner_ends_a_run_without_a_clip():
-    """While H is empty, task_complete must be false, and the planner is told so. [D1]"""
     run = go(plan(), reject(), plan(done=True), plan("on"), accept(), M=1, on_exhausted="replan")
     assert run.roles() == "pvppv" and run.made[1].prompt == "on"
     assert "task_complete must be false" in run.asked[3].text
@@ -456,42 +450,32 @@ def test_a_subclass_may_replace_a_prompt():
         "You are a strict planner.", "You are a strict verifier.", "You are a strict router."]
 
 
-def test_a_subclass_may_allow_fewer_routes():
-    """The router is told, and held to it."""
-    class Whole(c.CollabVR):
+def test_a_subclass_may_have_other_routes():
+    """Fewer, and methods of its own; the router is told, and held to it."""
+    class Patient(c.CollabVR):
         def routes(self, t):
-            return ["split", "fallback"]
-
-    run = go(plan(), reject(), route("regen"), route("split"), plan(), accept(),
-             M=1, method=Whole)
-    assert run.roles() == "pvrrpv"
-    assert "Allowed actions: split, fallback" in run.asked[2].text
-
-
-def test_a_subclass_may_add_a_route():
-    """A method of that name, which returns the next frame and perhaps a Result."""
-    class Giving(c.CollabVR):
-        def routes(self, t):
-            return [*super().routes(t), "give_up"]
+            return ["split", "give_up"]
 
         def give_up(self, I0, q, H, f, p, best, r):
             return f, c.Result(best.c_t, "gave_up", [best.t])
 
-    run = go(plan(), reject(), route("give_up"), M=1, method=Giving)
-    assert run.status == "gave_up" and run.shown() == [1]
+    run = go(plan(), reject(), route("regen"), route("split"),
+             plan(), reject(), route("give_up"), M=1, method=Patient)
+    assert run.roles() == "pvrrpvr" and run.status == "gave_up" and run.shown() == [2]
+    assert "Allowed actions: split, give_up" in run.asked[2].text
 
 
 # ------------------------------------------------------------------------------
 # Sec. 4: cost
 
 
-def test_all_clips_count():
-    """Rejected and routed ones, too, whether or not they are in the video."""
-    run = go(plan(left=2), reject(), reject(), reject(), route("regen"), reject(),
-             plan(), accept())
-    assert run.cost["clips"] == 5 and run.cost["vgm_seconds"] == 2 * 4 + 1
-    run = go(plan(left=2), accept(), plan(), reject(), route("fallback"), M=1)
-    assert run.cost["clips"] == 3 and run.cost["vgm_seconds"] == 2 + 1 + 2
+def test_all_clips_and_calls_count():
+    """Rejected and routed clips, too, and replies that could not be used."""
+    cost = go(plan(left=2), accept(), plan(), "?", reject(), route("fallback"), M=1).cost
+    assert (cost["clips"], cost["vgm_seconds"], cost["steps"]) == (3, 2 + 1 + 2, 2)
+    assert cost["calls"] == {"planner": 2, "vgm": 3, "verifier": 3, "router": 1}
+    assert cost["tokens_in"]["verifier"] == 300 and cost["tokens_out"]["router"] == 10
+    assert set(cost["wall_seconds"]) == set(cost["calls"])
 
 
 @pytest.mark.parametrize("count, replies", [
@@ -504,14 +488,6 @@ def test_all_clips_count():
 def test_regenerations_are_attempts_after_the_first(count, replies):
     """As in Tables 10 and 12: within a step, and regen's clip. A fallback is none."""
     assert go(*replies).cost["regenerations"] == count
-
-
-def test_calls_and_tokens_count_by_role():
-    """Replies that could not be used were paid for, too."""
-    cost = go(plan(), reject(), route("regen"), "?", accept(), M=1).cost
-    assert cost["calls"] == {"planner": 1, "vgm": 2, "verifier": 3, "router": 1}
-    assert cost["tokens_in"]["verifier"] == 300 and cost["tokens_out"]["router"] == 10
-    assert set(cost["wall_seconds"]) == set(cost["calls"])
 
 
 # ------------------------------------------------------------------------------
@@ -783,10 +759,8 @@ def test_results_are_printed_without_their_frames():
 
 
 @pytest.mark.parametrize("kind, wrong", [
-    (c.Config, {"n_max": 5}), (c.Config, {"N_max": 0}), (c.Config, {"M": 1.5}),
-    (c.Config, {"seconds_next": math.nan}), (c.Config, {"on_exhausted": "stop"}),
-    (c.OpenAIVLM, {"model": "m"}), (c.OpenAIVLM, {"temperature": -1}),
-    (c.Wan, {"steps": 3}), (c.Wan, {"offload": "auto"})])
+    (c.Config, {"n_max": 5}), (c.Config, {"M": 1.5}), (c.Config, {"seconds_next": math.nan}),
+    (c.OpenAIVLM, {"model": "m"}), (c.Wan, {"steps": 3})])
 def test_wrong_settings_are_refused_in_python(kind, wrong):
     """Misspelt or out of range, by name."""
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -959,10 +933,12 @@ def noise(*shape):
     return c.Clip(np.random.default_rng(0).integers(0, 256, shape, np.uint8), 8)
 
 
-def test_stored_clips_are_exact():
-    """FFV1 gives the same frames, and odd sides do no harm."""
+def test_videos_are_exact_and_repeatable():
+    """FFV1 gives the same frames, also of odd sides. The same frames give the same MP4."""
     clip = noise(9, 33, 47, 3)
     assert (iio.imread(c.lossless(clip), plugin="pyav") == clip.frames).all()
+    large = c.Clip(clip.frames.repeat(4, 1).repeat(4, 2), 8)
+    assert len({c.mp4(large) for _ in range(5)}) == 1
 
 
 @pytest.mark.parametrize("size, written", [((33, 47), (34, 48)), ((96, 96), (96, 96))])
@@ -976,12 +952,6 @@ def test_a_video_plays_anywhere(size, written):
         # smpte170m, bt709, sRGB, limited: players guess what is not named
         names = made.colorspace, made.color_primaries, made.color_trc, made.color_range
         assert names == (6, 1, 13, 1)
-
-
-def test_the_same_frames_make_the_same_video():
-    """Byte for byte."""
-    clip = c.Clip(noise(12, 12, 12, 3).frames.repeat(8, 1).repeat(8, 2), 8)
-    assert len({c.mp4(clip) for _ in range(5)}) == 1
 
 
 def saved(path, picture, **options):
@@ -1046,18 +1016,14 @@ class Endpoint:
                 self.send(*(answer if isinstance(answer, tuple) else chat(answer)))
 
             def do_GET(self):
-                models = [{"id": "one", "object": "model"}, {"id": "two", "object": "model"}]
-                self.send(200, {"object": "list", "data": models})
+                self.send(200, {"object": "list", "data": [{"id": "one"}, {"id": "two"}]})
 
             def send(self, status, body, headers=()):
-                data = body if isinstance(body, str) else json.dumps(body)
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                for name, value in dict(headers).items():
+                for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data.encode())
+                self.wfile.write(json.dumps(body).encode())
 
             def log_message(self, *args):
                 pass
@@ -1247,12 +1213,14 @@ def test_a_redirect_is_not_followed(endpoint):
     assert len(endpoint.requests) == 1
 
 
-@pytest.mark.parametrize("name, value", [
-    ("ALL_PROXY", "socks9://localhost:1"), ("SSL_CERT_FILE", "/nowhere.pem")])
-def test_a_variable_that_breaks_the_client_is_named(name, value, monkeypatch):
+@pytest.mark.parametrize("name, value, told", [
+    ("ALL_PROXY", "socks9://localhost:1", "see ALL_PROXY"),
+    ("SSL_CERT_FILE", "/nowhere.pem", "and SSL_CERT_FILE"),
+    ("OPENAI_API_KEY", "schl\u00fcssel", "a character that no key has")])
+def test_a_variable_that_breaks_the_client_is_named(name, value, told, monkeypatch):
     """Before anything is paid for."""
     monkeypatch.setenv(name, value)
-    with pytest.raises(c.Problem, match=f"see .*{name}"):
+    with pytest.raises(c.Problem, match=told):
         c.OpenAIVLM(vlm_url="https://example.org/v1").check()
 
 
@@ -1267,15 +1235,6 @@ def test_googles_key_goes_to_googles_host_only(monkeypatch):
     monkeypatch.delenv("GEMINI_API_KEY")
     monkeypatch.setenv("GOOGLE_API_KEY", "g2")
     assert c.OpenAIVLM().key == "g2"
-
-
-@pytest.mark.parametrize("key", ["schl\u00fcssel", "two\nlines"])
-def test_a_key_that_no_header_can_carry_is_told_so(key, monkeypatch):
-    """And is not shown."""
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(c.Problem, match="a character that no key has") as told:
-        c.OpenAIVLM(vlm_url="http://localhost:8000/v1").check()
-    assert key not in str(told.value)
 
 
 # ------------------------------------------------------------------------------
@@ -1550,7 +1509,7 @@ def test_tiny_wan_is_repeatable():
 
 @pytest.mark.slow
 def test_settings_of_wan_reach_the_pipeline():
-    """Each makes another clip. A scheduler without flow_shift is told so."""
+    """Each of them makes another clip."""
     clips = [
         c.Wan(**TINY_WAN, **settings)(GREY, "move", 0.5, 0).frames.tobytes()
         for settings in ({}, {"negative_prompt": "blur"}, {"flow_shift": 9.0},

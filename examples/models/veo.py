@@ -150,7 +150,7 @@ def unboxed(mp4: bytes, box: Box) -> Clip:
     left, top, w, h = box
     across, down = f"iw/{WIDTH}", f"ih/{HEIGHT}"
     area = f"{w}*{across}:{h}*{down}:{left}*{across}:{top}*{down}"
-    return decoded(mp4, ("crop", area), ("scale", f"{w}:{h}"))
+    return decoded(mp4, area, f"{w}:{h}")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,6 @@ DEFAULTS = {  # where a server's own default is another, or loses more than it n
 }
 
 
-def json_object(text: str) -> str:
-    collabvr.parse(text)  # raises ValueError
-    return text
-
-
 @settings(config={"extra": "forbid"}, eq=False)
 class Served:
     """A server's Wan2.2: at most 832x480 pixels, sides multiples of 16, clips of 4k + 1 frames."""
@@ -50,7 +45,7 @@ class Served:
     sampling_steps: Annotated[int, Field(ge=1)] = 20  # denoising steps (App. A.1)
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0  # CFG, of both experts (App. A.1)
     # more fields of the form, as a JSON object: {"flow_shift": 5}
-    fields: Annotated[str, AfterValidator(json_object)] = "{}"
+    fields: Annotated[str, AfterValidator(collabvr.json_object)] = "{}"
     clip_timeout: Annotated[float, Field(gt=0)] = 3600.0  # longest wait for a clip, in seconds
 
     @property
@@ -155,9 +150,9 @@ class Served:
         try:
             yield
         except openai.APIStatusError as error:
-            body = error.body if isinstance(error.body, dict) else {}
-            said = str(body.get("message") or body.get("detail") or error)
-            said = said.replace(os.environ.get("SERVED_API_KEY") or "\0", "***")
+            said = collabvr.message_of(error.response.text)
+            key = os.environ.get("SERVED_API_KEY")
+            said = said.replace(key, "***") if key else said
             raise RuntimeError(f"{self.url} answered {error.status_code}: {said}") from error
         except openai.APIConnectionError as error:
             raise Problem(f"{self.url} cannot be reached ({error.__cause__ or error}).") from error

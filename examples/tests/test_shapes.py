@@ -1,6 +1,5 @@
 """collabvr.Wan with a tiny random checkpoint of each shape: Wan2.2 A14B, Wan2.2 TI2V-5B, Wan2.1."""
 
-import os
 import re
 import shlex
 from dataclasses import asdict
@@ -79,7 +78,7 @@ def test_flow_shift_moves_steps_to_the_high_noise_expert(saved, flow_shift, high
     assert passes == {"transformer": 2 * high_noise, "transformer_2": 2 * (20 - high_noise)}
 
 
-@pytest.mark.skipif(not os.environ.get("COLLABVR_SLOW"), reason="set COLLABVR_SLOW=1")
+@pytest.mark.slow
 def test_max_pixels_makes_a_picture_smaller(saved):
     vgm = c.Wan(vgm=saved("ti2v_5b"), sampling_steps=1, guidance_scale=1, max_pixels=262144)
     square = np.zeros((1024, 1024, 3), np.uint8)

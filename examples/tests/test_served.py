@@ -288,7 +288,7 @@ def test_fields_must_be_a_json_object():
         served.Served(fields="[1]")
 
 
-@pytest.mark.parametrize("name", ["served", "veo", "gemini", "cosmos"])
+@pytest.mark.parametrize("name", ["served", "veo", "gemini"])
 def test_help_needs_no_client(name):
     """A client cannot be made with this ALL_PROXY."""
     done = subprocess.run(

@@ -2,7 +2,7 @@
 
     python sglang_router.py PORT PAINTER_URL MODEL FOLDER    # in an environment with sglang
 
-What the scheduler would do, a server at PAINTER_URL does (test_servers.py has it). FOLDER is a Wan
+What the scheduler would do, a server at PAINTER_URL does (test_routers.py has it). FOLDER is a Wan
 checkpoint of diffusers: its model_index.json is read, and no weights.
 """
 

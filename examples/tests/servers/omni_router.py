@@ -2,7 +2,7 @@
 
     python omni_router.py PORT PAINTER_URL MODEL API_SERVERS    # in an environment with vllm-omni
 
-What the engine would do, a server at PAINTER_URL does (test_servers.py has it).
+What the engine would do, a server at PAINTER_URL does (test_routers.py has it).
 """
 
 import asyncio

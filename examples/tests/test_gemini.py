@@ -8,17 +8,12 @@ import pytest
 
 import collabvr as c
 from examples.models import gemini
+from examples.tests.conftest import accept, plan
 from examples.tests.stub import Shade, serving
 
 pytest.importorskip("google.genai", reason="in examples/requirements.txt")
 KEY = "k-very-secret-0123456789"
 I0 = np.full((48, 64, 3), 90, np.uint8)
-PLAN = {
-    "observation": "a square", "remaining_goal": "all", "task_complete": False,
-    "instruction": "Move it.", "target_state": "there", "estimated_steps_remaining": 1}
-ACCEPT = {
-    "reason": "so it is", "action_executed": True, "progress": "complete", "good_fraction": 1,
-    "suggestion": "", "confidence": "high", "verdict": "accept"}
 
 
 def said(reply, reason="STOP"):
@@ -73,7 +68,7 @@ def ask(*parts, **settings):
 
 def test_a_clip_is_an_mp4_and_a_picture_a_jpeg(google):
     clip = Shade()(I0, "", 2, 0)
-    google.answers.append(said(PLAN))
+    google.answers.append(said(plan()))
     ask(I0, "A clip:", clip)
     (body,) = bodies(google)
     (content,) = body["contents"]
@@ -84,7 +79,7 @@ def test_a_clip_is_an_mp4_and_a_picture_a_jpeg(google):
 
 
 def test_the_schema_is_sent_and_no_temperature(google):
-    google.answers += [said(PLAN)] * 2
+    google.answers += [said(plan())] * 2
     ask()
     ask(vlm="gemini-4", temperature=0.2, thinking="low")
     (_, path, headers, _), (_, other, *_) = google.asked
@@ -99,7 +94,7 @@ def test_the_schema_is_sent_and_no_temperature(google):
 
 
 def test_thoughts_are_counted(google):
-    google.answers.append(said(PLAN))
+    google.answers.append(said(plan()))
     _, models = ask()
     (call,) = models.calls
     assert (call.tokens_in, call.tokens_out, call.model) == (1000, 320, "gemini-3.9")
@@ -111,14 +106,14 @@ def test_thoughts_are_counted(google):
     ((200, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}), "PROHIBITED_CONTENT"),
     ((200, {"candidates": [{"finishReason": "RECITATION"}]}), "RECITATION")])
 def test_a_block_and_a_cut_off_are_faults(google, answer, fault):
-    google.answers += [answer, said(PLAN)]
+    google.answers += [answer, said(plan())]
     reply, models = ask()
-    assert reply.instruction == "Move it." and len(models.calls) == 2
+    assert reply.instruction == "move it" and len(models.calls) == 2
     assert fault in models.calls[0].fault
 
 
 def test_a_429_is_waited_for_as_it_says(google, waited):
-    google.answers += [busy("40s"), busy("1.5s"), said(PLAN)]
+    google.answers += [busy("40s"), busy("1.5s"), said(plan())]
     _, models = ask()
     assert waited == [40, 1.5] and len(models.calls) == 1
     assert bodies(google)[0] == bodies(google)[2]
@@ -140,7 +135,7 @@ def test_an_error_is_a_sentence_without_the_key(google):
 
 def test_an_overloaded_server_is_asked_again(google, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    google.answers += [error(503, "overloaded"), said(PLAN)]
+    google.answers += [error(503, "overloaded"), said(plan())]
     _, models = ask()
     assert len(google.asked) == 2 and len(models.calls) == 1
 
@@ -155,7 +150,7 @@ def test_the_command_line_makes_a_video(google, tmp_path, capsys, monkeypatch):
         patch.delenv("GOOGLE_API_KEY", raising=False)
         assert c.main(Shade, gemini.Gemini, argv) == 2
         assert "set GEMINI_API_KEY" in capsys.readouterr().err
-    google.answers += [said(PLAN), said(ACCEPT)]
+    google.answers += [said(plan()), said(accept())]
     assert c.main(Shade, gemini.Gemini, argv) == 0, capsys.readouterr().err
     assert c.main(Shade, gemini.Gemini, argv) == 0, "a finished run asks nobody"
     kept = "".join(path.read_text(errors="replace") for path in tmp_path.rglob("*.json"))

@@ -13,6 +13,7 @@ from PIL import Image
 
 import collabvr as c
 from examples.models import veo
+from examples.tests.conftest import accept, plan
 from examples.tests.stub import serving
 
 pytest.importorskip("google.genai", reason="in examples/requirements.txt")
@@ -279,13 +280,7 @@ def test_what_is_missing_is_one_sentence(server, monkeypatch):
 
 def test_the_command_line_pays_once(vertex, server, tmp_path, capsys, monkeypatch):
     """And refuses a length before it orders anything."""
-    replies = {
-        "FirstPlan": {
-            "observation": "a maze", "remaining_goal": "the rest", "task_complete": False,
-            "instruction": "move it", "target_state": "there", "estimated_steps_remaining": 1},
-        "Verification": {
-            "reason": "it went right", "action_executed": True, "progress": "complete",
-            "good_fraction": 1, "suggestion": "", "confidence": "high", "verdict": "accept"}}
+    replies = {"FirstPlan": plan(), "Verification": accept()}
     monkeypatch.setattr(
         c.OpenAIVLM, "__call__",
         lambda self, instructions, parts, schema: json.dumps(replies[schema.__name__]))

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 import collabvr as c
+from examples.tests.conftest import accept, plan, reject
 from examples.tests.servers import environments
 from examples.tests.stub import Shade, serving
-from examples.tests.test_gemini import ACCEPT, PLAN, error, said
+from examples.tests.test_gemini import error, said
 
 LITELLM = "install litellm[proxy]==1.106.4"
 MASTER_KEY, GEMINI_KEY, MODEL = "sk-master-of-the-proxy", "the-key-of-gemini", "gemini-2.5-pro"
-REJECT = ACCEPT | {
-    "action_executed": False, "progress": "none", "suggestion": "left", "verdict": "reject"}
 I0 = np.full((48, 64, 3), 90, np.uint8)
 
 
@@ -84,8 +83,7 @@ def ask(url, part="a text", **settings):
 
 def test_a_whole_run_passes(url, gemini, tmp_path, capsys):
     """With every picture, every token and every schema. The proxy's key stays with the proxy."""
-    gemini.answers += map(said, [PLAN | {"estimated_steps_remaining": 2}, REJECT,
-                                 ACCEPT | {"progress": "partial"}, PLAN, ACCEPT])
+    gemini.answers += map(said, [plan(left=2), reject(), accept("partial"), plan(), accept()])
     c.iio.imwrite(tmp_path / "x.png", I0)
     argv = ["--image", str(tmp_path / "x.png"), "--task", "Move it.", "--vlm-url", url,
             "--vlm", MODEL, "--out", str(tmp_path / "run"), "--seconds-first", "2",
@@ -117,16 +115,16 @@ def test_a_whole_run_passes(url, gemini, tmp_path, capsys):
     (said("", "SAFETY"), "finish_reason content_filter"),
     (said('{"observation": "a squ', "MAX_TOKENS"), "finish_reason length")])
 def test_a_block_and_a_cut_off_are_faults_and_counted(url, gemini, answer, fault):
-    gemini.answers += [answer, said(PLAN)]
+    gemini.answers += [answer, said(plan())]
     reply, models = ask(url)
-    assert reply.instruction == "Move it."
+    assert reply.instruction == "move it"
     assert [call.fault for call in models.calls] == [fault, None]
     assert models.cost()["tokens_in"] == {"planner": 2000}
 
 
 def test_after_a_429_the_same_request_is_sent_again(url, gemini, monkeypatch):
     monkeypatch.setattr(c.time, "sleep", lambda seconds: None)
-    gemini.answers += [error(429, "Quota exceeded for one minute."), said(PLAN)]
+    gemini.answers += [error(429, "Quota exceeded for one minute."), said(plan())]
     _, models = ask(url)
     assert len(gemini.asked) == 2 and len(models.calls) == 1
     assert bodies(gemini)[0] == bodies(gemini)[1]
@@ -142,7 +140,7 @@ def test_another_key_than_the_proxys_is_refused(url, gemini, monkeypatch):
 def test_a_video_arrives_as_image_url_only(url, gemini):
     """video_url is dropped without a word. If this fails, LiteLLM has learnt it: say so."""
     clip = Shade()(I0, "", 2, 0)
-    gemini.answers += [said(PLAN)] * 2
+    gemini.answers += [said(plan())] * 2
     ask(url, clip, video_input="image_url")
     ask(url, clip, video_input="video_url")
     assert [media_of(body) for body in bodies(gemini)] == [[("video/mp4", c.mp4(clip))], []]

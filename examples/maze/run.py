@@ -89,6 +89,7 @@ def add_score(out: Path, maze: world.Maze) -> str:
     frames = iio.imread(out / "video.mp4", plugin="pyav")
     score = rule.score(frames, maze)
     trace = json.loads((out / "trace.json").read_bytes())
+    trace["method"] = "collabvr"
     trace["by_rule"] = rule.verdict(score)
     trace["score"] = score.value
     collabvr.write_file(out / "trace.json", json.dumps(trace, indent=2).encode())

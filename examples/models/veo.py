@@ -96,9 +96,8 @@ class Veo:
                 "duration_seconds": int(seconds),
                 "seed": seed % 2**31,
                 "generate_audio": False,
-                # a 500 or no answer: the clip may have been ordered, so it is not ordered again
-                "http_options": {
-                    "retry_options": {"http_status_codes": [429, 503], "initial_delay": 5}},
+                # without an answer the clip may have been ordered: the client orders it once
+                "http_options": {"retry_options": {"attempts": 1}},
             },
         )
         return unboxed(self.delivery(operation), box)

@@ -246,19 +246,19 @@ def test_no_video_is_a_failed_generation_with_a_reason(outcome, said, vertex, vg
         vgm(STRIP, "a", 4, 0)
 
 
-def test_a_busy_server_is_asked_again(vertex, vgm, quick):
-    vertex.refuse, vertex.outages = [(429, "quota"), (503, "overloaded")], 1
-    assert len(vgm(STRIP, "a", 4, 0).frames) == 3
-    assert not vertex.refuse and len(vertex.orders) == 1
-
-
-@pytest.mark.parametrize("status", [400, 500])
-def test_any_other_refusal_is_not_asked_again(status, vertex, vgm, quick):
-    """After a 500 a clip may have been ordered."""
+@pytest.mark.parametrize("status", [400, 429, 500, 503])
+def test_a_refused_order_is_not_repeated(status, vertex, vgm, quick):
+    """Without an answer a clip may have been ordered, and would be paid for twice."""
     vertex.refuse = [(status, "not like this")] * 2
     with pytest.raises(Exception, match=f"{status}.*not like this"):
         vgm(STRIP, "a", 4, 0)
     assert len(vertex.refuse) == 1
+
+
+def test_a_poll_that_fails_is_repeated(vertex, vgm, quick):
+    vertex.outages = 1
+    assert len(vgm(STRIP, "a", 4, 0).frames) == 3
+    assert len(vertex.orders) == 1
 
 
 def test_a_clip_that_takes_too_long_is_one_sentence(vertex, vgm):

@@ -49,7 +49,7 @@ class Painter:
         return {"colours": self.colours}
 
     def check(self) -> None:
-        note(self.notes, "built")
+        note(self.notes, "checked")
 
     def __call__(self, frame, prompt: str, seconds: float, seed: int) -> Clip:
         assert busy.acquire(blocking=False), "called by two at once"

@@ -3,34 +3,27 @@
     for x in samples("VBVR-Bench"):
         print(x.id, x.task, x.seconds)
 
-| DATA                                            | videos in OUT/videos                           |
-|-------------------------------------------------|------------------------------------------------|
-| VBVR-Bench: VBVR-Bench.json, its folder, a tree | <split>/<task>/<idx>.mp4                       |
-| InferKit: <domain>_task/<id>/first_frame.png    | <domain>_task/<id>.mp4                         |
-| Gen-ViRe: hub id, snapshot, saved copy          | 0_generated_videos/MODEL/MODEL_<0..4>/<id>.mp4 |
-| VideoThinkBench: canonical_manifest.jsonl, tree | <id>/generated.mp4, <id>/last_frame.png        |
-| V-ReasonBench: pictures and prompts.txt         | <task>_MODEL_[<subtype>_]<idx>_seed<N>.mp4     |
-| JSONL: id, image, task, perhaps category        | <id>.mp4                                       |
-| a folder of pictures, with --task               | <name>.mp4                                     |
-
-MODEL is the method's name. Five independent runs of a sample (--seeds 5) fill Gen-ViRe's five
-folders and V-ReasonBench's five seeds; elsewhere each run has a folder seed<N>/ of its own.
+examples/bench/README.md has the layouts. Five independent runs of a sample (--seeds 5) fill
+Gen-ViRe's five folders and V-ReasonBench's five seeds. Elsewhere each run has a folder seed<N>/.
+Names that begin with a dot are no data: an archive from a Mac holds a ._NAME for each NAME.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import av
 from PIL import Image
 
-from collabvr import Problem, explained
+from collabvr import Picture, Problem, explained, load_image
 from examples.cli import needed
 from examples.runs import read_lines
 
@@ -52,9 +45,14 @@ class Sample:
     layout: str = "plain"  # how its videos are named
     name: tuple[str, str] = ("", "")  # V-ReasonBench: the task, and what follows the model
 
-    def picture(self) -> bytes:
-        """The file as it is. Raises OSError."""
+    def data(self) -> bytes:
+        """The picture's file as it is. Raises OSError."""
         return self.content or Path(self.image).read_bytes()
+
+    def picture(self) -> Picture:
+        """The input image. Raises Problem."""
+        source: Any = io.BytesIO(self.content) if self.content else self.image
+        return load_image(source)
 
 
 def places(x: Sample, method: str, seed: int, seeds: int) -> list[str]:
@@ -94,15 +92,22 @@ def reader(path: Path):
         return {".json": vbvr_json, ".jsonl": lines}.get(path.suffix, lines)
     if (path / "VBVR-Bench.json").exists():
         return vbvr_json
-    if (path / "canonical_manifest.jsonl").exists() or any(path.rglob("data.json")):
+    if (path / "canonical_manifest.jsonl").exists() or files(path, "**/data.json"):
         return video_think
     if prompts_of(path):
         return v_reason
     if any((path / x).exists() for x in ("dataset_dict.json", "state.json")) or parquets(path):
         return gen_vire
-    if any(path.rglob("first_frame.png")):
+    if files(path, "**/first_frame.png"):
         return tree
     return pictures
+
+
+def files(root: Path, *patterns: str) -> list[Path]:
+    """What fits one of the patterns, in order. Names that begin with a dot are no data."""
+    found = {path for pattern in patterns for path in root.glob(pattern)}
+    return sorted(path for path in found
+                  if not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
 def identifier(*parts) -> str:
@@ -110,10 +115,10 @@ def identifier(*parts) -> str:
     for part in parts:
         if not isinstance(part, str):
             raise Problem(f"The sample id {part!r:.99} is no text.")
-        plain = part.strip(". ") and part.isprintable() and not set("/\\") & set(part)
-        if not plain or len(part.encode()) > 200:
+        plain = part.strip() and part.isprintable() and not set("/\\") & set(part)
+        if not plain or part.startswith(".") or len(part.encode()) > 200:
             raise Problem(f"{part[:99]!r} is no sample id: it must be a file's name of 1 to 200 "
-                          "bytes, without slashes and not of dots only.")
+                          "bytes, without slashes, and not begin with a dot.")
     return "/".join(parts)
 
 
@@ -122,14 +127,13 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def load(path: Path):
-    """The JSON of a file. Raises Problem."""
+def entries(path: Path, what: str) -> list:
+    """The list in a JSON file. Raises Problem; `what` says what it should hold."""
     with explained(f"{path} is no JSON in UTF-8", ValueError):
-        return json.loads(read_text(path))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
+        found = json.loads(read_text(path))
+    if not isinstance(found, list):
+        raise Problem(f"{path} is no list of entries with {what}.")
+    return found
 
 
 # ------------------------------------------------------------------------------
@@ -140,10 +144,7 @@ def vbvr_json(path: Path, _) -> Iterator[Sample]:
     """VBVR-Bench.json, or the folder that it lies in."""
     if path.is_dir():
         path = path / "VBVR-Bench.json"
-    entries = load(path)
-    if not isinstance(entries, list):
-        raise Problem(f"{path} is no list of entries with prompt and first_frame_path.")
-    for number, x in enumerate(entries, 1):
+    for number, x in enumerate(entries(path, "prompt and first_frame_path"), 1):
         with explained(f"{path}, entry {number}, needs the texts prompt and first_frame_path, and "
                        "its picture as that file or as first_image in base64",
                        LookupError, TypeError, ValueError, AttributeError):
@@ -162,7 +163,7 @@ def vbvr_json(path: Path, _) -> Iterator[Sample]:
 
 def tree(root: Path, _) -> Iterator[Sample]:
     """Folders with first_frame.png and prompt.txt, in VBVR-Bench's or InferKit's depth."""
-    found = sorted(root.rglob("first_frame.png"))
+    found = files(root, "**/first_frame.png")
     depths = {len(x.relative_to(root).parts) - 1 for x in found}
     depth = max(depths)
     split = root.resolve().name
@@ -189,7 +190,7 @@ def length(video: Path) -> float:
     # the format is named, because ffmpeg would also follow a playlist to other files
     with explained(f"{video} cannot be read as the ground truth's video", OSError, av.FFmpegError,
                    LookupError, TypeError), av.open(str(video), format="mp4") as file:
-        stream = file.streams.video[0]
+        stream: Any = file.streams.video[0]
         return round(float(stream.duration * stream.time_base), 3)
 
 
@@ -201,7 +202,7 @@ def parquets(path: Path) -> list[Path]:
     """Files of rows, as the hub's client leaves them: data/train-00000-of-00001.parquet."""
     if path.suffix == ".parquet":
         return [path]
-    return sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    return files(path, "*.parquet", "data/*.parquet")
 
 
 def gen_vire(path: Path, _) -> Iterator[Sample]:
@@ -211,9 +212,9 @@ def gen_vire(path: Path, _) -> Iterator[Sample]:
     datasets = needed("datasets")
     with explained(f"{path} is no file or folder here and cannot be loaded from the hub"
                    if not path.exists() else f"{path} cannot be loaded", Exception):
-        files = [str(x) for x in parquets(path)]
-        if files:
-            rows = datasets.Dataset.from_parquet(files)
+        found = [str(x) for x in parquets(path)]
+        if found:
+            rows = datasets.Dataset.from_parquet(found)
         elif path.exists():
             rows = datasets.load_from_disk(str(path))
         else:
@@ -242,11 +243,8 @@ def video_think(root: Path, _) -> Iterator[Sample]:
         for number, x in read_lines(manifest):
             yield manifest_line(manifest, number, x)
         return
-    for file in sorted(root.rglob("data.json")):
-        entries = load(file)
-        if not isinstance(entries, list):
-            raise Problem(f"{file} is no list of entries with id, image and ti2v_prompt.")
-        for number, x in enumerate(entries, 1):
+    for file in files(root, "**/data.json"):
+        for number, x in enumerate(entries(file, "id, image and ti2v_prompt"), 1):
             with explained(f"{file}, entry {number}, needs the texts id, image and ti2v_prompt or "
                            "prompt", LookupError, TypeError, AttributeError):
                 prompt = x.get("ti2v_prompt") or x["prompt"]
@@ -265,7 +263,7 @@ def manifest_line(file: Path, number: int, x) -> Sample:
 
 def prompts_of(path: Path) -> Path | None:
     """prompts.txt of V-ReasonBench, given its repository or its folder dataset/."""
-    if any(path.glob("*.png")) or (path / "dataset").is_dir():
+    if files(path, "*.png") or (path / "dataset").is_dir():
         for file in (path / "prompts.txt", path.parent / "prompts.txt"):
             if file.exists():
                 return file
@@ -274,10 +272,10 @@ def prompts_of(path: Path) -> Path | None:
 
 def v_reason(root: Path, _) -> Iterator[Sample]:
     """<task>[_<subtype>]_<idx>.png beside the prompts of all tasks."""
-    file = prompts_of(root)
+    file: Any = prompts_of(root)
     prompts = read_prompts(file)
     folder = root / "dataset" if (root / "dataset").is_dir() else root
-    for image in sorted(folder.glob("*.png")):
+    for image in files(folder, "*.png"):
         found = prompt_of(image.stem, prompts)
         if found is None:
             raise Problem(f"{image} has no prompt in {file}: add a line '{image.stem}:' and below "
@@ -291,7 +289,8 @@ def read_prompts(file: Path) -> dict[str, tuple[int, str]]:
     """Of each paragraph 'Name:' its words in the names of pictures: {start of a name: (letters of
     it that are the task, prompt)}. A heading 'SUDOKU PROMPTS' stands before its subtypes."""
     prompts: dict[str, tuple[int, str]] = {}
-    section, name, text = "", "", []
+    section, name = "", ""
+    text: list[str] = []
     for line in [*read_text(file).split("\n"), "end:"]:
         heading = re.fullmatch(r"\s*(.+) PROMPTS\s*", line)
         title = re.fullmatch(r"\s*(\w+):\s*", line)
@@ -332,30 +331,24 @@ def lines(path: Path, _) -> Iterator[Sample]:
         if isinstance(x, dict) and "assets" in x:
             yield manifest_line(path, number, x)
             continue
-        wanted = isinstance(x, dict) and all(isinstance(x.get(k), str) for k in (
-            "id", "image", "task"))
-        if not wanted or not isinstance(x.get("category") or "", str):
-            raise Problem(f"{path}, line {number}: expected is an object with the texts id, image "
-                          f"and task, and perhaps category, not {json.dumps(x):.99}.")
-        yield Sample(identifier(x["id"]), x["task"], str(path.parent / x["image"]),
-                     category=x.get("category") or "")
+        with explained(f"{path}, line {number}, needs the texts id, image and task, and perhaps "
+                       "category", LookupError, TypeError):
+            image = str(path.parent / x["image"])
+            sample = Sample(identifier(x["id"]), x["task"], image, category=x.get("category") or "")
+        yield sample
 
 
 def pictures(path: Path, task: str) -> Iterator[Sample]:
     """A folder of them, with one task for all."""
     Image.init()
     formats = {k for k, v in Image.registered_extensions().items() if v in Image.OPEN}
-    skipped = []
-    found = 0
-    for x in sorted(path.iterdir()):
-        if not x.is_file() or x.suffix.lower() not in formats:
-            skipped.append(x.name)
-        elif not task.strip():
-            raise Problem(f"{path} is a folder of pictures: say with --task what is to be done.")
-        else:
-            found += 1
-            yield Sample(identifier(x.stem), task, str(x))
+    found = [x for x in files(path, "*") if x.is_file() and x.suffix.lower() in formats]
+    skipped = [x.name for x in files(path, "*") if x not in found]
     if not found:
         raise Problem(f"{path} holds no samples. Expected is {LAYOUTS}.")
+    if not task.strip():
+        raise Problem(f"{path} is a folder of pictures: say with --task what is to be done.")
     if skipped:
-        say(f"No pictures, skipped: {', '.join(skipped)}")
+        print(f"No pictures, skipped: {', '.join(skipped)}", file=sys.stderr)
+    for x in found:
+        yield Sample(identifier(x.stem), task, str(x))

@@ -13,7 +13,8 @@ from PIL import Image
 
 import collabvr
 from collabvr import Clip, Problem
-from examples.bench.samples import Sample, places, prompt_of, read_prompts, samples
+from examples.bench.samples import Sample, prompt_of, read_prompts, samples
+from examples.bench.samples import places as outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,8 +80,8 @@ def test_vbvr_bench_is_read_from_its_json_or_tree(tmp_path, as_json):
     assert [x.id for x in found] == VBVR_IDS
     assert {x.seconds for x in found} == {2.0} and {x.task for x in found} == {"Do it."}
     assert {x.category for x in found} == {"In-Domain_50", "Out-of-Domain_50"}
-    assert all(x.picture().startswith(b"\x89PNG") for x in found)
-    assert places(found[0], "collabvr", 1, 1) == [f"{VBVR_IDS[0]}.mp4"]
+    assert all(x.data().startswith(b"\x89PNG") for x in found)
+    assert outputs(found[0], "collabvr", 1, 1) == [f"{VBVR_IDS[0]}.mp4"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -106,7 +107,45 @@ def test_inferkits_folders_are_read(tmp_path):
     assert (maze.id, maze.seconds) == ("maze_task/maze_0001", 3.0)
 
 
-def test_a_folder_too_deep_or_too_high_is_told_what_is_expected(tmp_path):
+@pytest.mark.parametrize("places", [
+    [f"{split}/O-1_maze_data-generator/00000" for split in ("In-Domain_50", "Out-of-Domain_50")],
+    [f"Multi-0{k}_maze_data-generator/Multi-0{k}_maze_data-generator_task/Multi-0{k}_maze_00000000"
+     for k in (1, 2)]])
+def test_vbvr_pro_and_multistep_are_read(tmp_path, places):
+    """Trees of VBVR-Bench's depth, with metadata beside each picture."""
+    for place in places:
+        entry(tmp_path, place)
+        (tmp_path / place / "metadata.json").write_text("{}")
+        picture(tmp_path / place / "final_frame.png")
+    found = read(tmp_path)
+    assert [x.id for x in found] == places and {x.seconds for x in found} == {2.0}
+    assert [outputs(x, "collabvr", 1, 1) for x in found] == [[f"{x}.mp4"] for x in places]
+
+
+def test_names_that_begin_with_a_dot_are_no_data(tmp_path, capsys):
+    """In any layout: an archive from a Mac holds a ._NAME beside each NAME."""
+    def dots(path):
+        path.with_name(f"._{path.name}").write_bytes(b"no picture")
+
+    jsonl = write_lines(tmp_path / "a.jsonl", LINE | {"id": "._s0"})
+    refused(jsonl, "no sample id")
+    trees = {"vbvr": write_vbvr, "manifest": write_manifest, "v_reason": write_v_reason}
+    counts = {"vbvr": 4, "manifest": 2, "v_reason": len(PICTURES), "pictures": 1}
+    for name, write in trees.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    picture(tmp_path / "pictures" / "maze.png")
+    entry(tmp_path / "vbvr", ".trash/G-1/00000")
+    (tmp_path / "manifest" / "._x").mkdir()
+    (tmp_path / "manifest" / "._x" / "data.json").write_text("no list")
+    for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("prompts.txt")]:
+        dots(path)
+    for name, count in counts.items():
+        assert len(read(tmp_path / name, "Go.")) == count, name
+    assert not capsys.readouterr().err
+
+
+def test_a_folder_too_deep_or_too_high_is_refused(tmp_path):
     root = write_vbvr(tmp_path / "up" / "vb")
     refused(root / "In-Domain_50", "one split of VBVR-Bench", "the folder above")
     refused(root / VBVR_IDS[0], "0 folders deep", "<split>/<task>/<idx>/first_frame.png")
@@ -140,7 +179,7 @@ def gen_vire_rows(count=3):
 
 
 @pytest.mark.parametrize("kind", ["saved", "saved split", "snapshot", "files", "one file"])
-def test_gen_vire_is_read_in_each_way_it_lies_around(tmp_path, kind):
+def test_gen_vire_is_read_as_it_lies_around(tmp_path, kind):
     """As save_to_disk left it, or as parquet files: those of the hub's client in data/."""
     datasets = pytest.importorskip("datasets")
     rows, data = gen_vire_rows(), tmp_path / "x"
@@ -157,15 +196,15 @@ def test_gen_vire_is_read_in_each_way_it_lies_around(tmp_path, kind):
     found = read(data)
     assert [x.id for x in found] == [f"Spatial Reasoning {i % 2}/maze/m_{i}" for i in range(3)]
     assert [x.task for x in found] == ["Do 0.", "Do 1.", "Do 2."]
-    assert all(x.content.startswith(b"\x89PNG") for x in found)
+    assert all(x.data().startswith(b"\x89PNG") for x in found)
 
 
 def test_gen_vire_goes_into_five_run_folders():
     """Five copies of one run, or each of five runs into its own."""
     x = Sample("Spatial/maze/m_0", "Do it.", layout="gen_vire")
-    assert places(x, "single", 1, 1) == [
+    assert outputs(x, "single", 1, 1) == [
         f"0_generated_videos/single/single_{k}/Spatial/maze/m_0.mp4" for k in range(5)]
-    assert places(x, "single", 3, 5) == [
+    assert outputs(x, "single", 3, 5) == [
         "0_generated_videos/single/single_2/Spatial/maze/m_0.mp4"]
 
 
@@ -200,8 +239,8 @@ def test_videothinkbench_is_read_from_its_manifest(tmp_path):
         found = read(data)
         assert [x.id for x in found] == ["color_grid-00", "color_grid-01"]
         assert [x.task for x in found] == ["Fill 0.", "Fill 1."]
-        assert {x.category for x in found} == {"color_grid"} and found[1].picture()
-        assert places(found[0], "collabvr", 1, 1) == [
+        assert {x.category for x in found} == {"color_grid"} and found[1].data()
+        assert outputs(found[0], "collabvr", 1, 1) == [
             "color_grid-00/generated.mp4", "color_grid-00/last_frame.png"]
 
 
@@ -212,7 +251,7 @@ def test_videothinkbenchs_older_tasks_are_read(tmp_path):
         rows = [{"id": f"{task}-00", key: "Go.", "image": "puzzles/00.png"}]
         (tmp_path / task / "data.json").write_text(json.dumps(rows))
     assert [x.id for x in read(tmp_path)] == ["color_grid-00", "maze_square-00"]
-    assert all(x.picture() for x in read(tmp_path))
+    assert all(x.data() for x in read(tmp_path))
 
 
 def test_a_manifest_without_its_prompt_is_refused(tmp_path):
@@ -289,11 +328,11 @@ def test_v_reasonbench_is_read_with_its_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_v_reasonbenchs_videos_are_named_as_it_parses_them(tmp_path, name):
+def test_v_reasonbenchs_videos_are_named_for_it(tmp_path, name):
     """<task>_<model>_[<subtype>_]<idx>_seed<N>, the model without an underscore."""
     task, rest, _ = PICTURES[name]
     (x,) = [x for x in read(write_v_reason(tmp_path)) if x.id == name]
-    names = [places(x, "my_method", k, 5)[0] for k in (1, 2, 3, 4, 5)]
+    names = [outputs(x, "my_method", k, 5)[0] for k in (1, 2, 3, 4, 5)]
     assert names == [f"{task}_my-method_{rest}_seed{k}.mp4" for k in (1, 2, 3, 4, 5)]
 
 
@@ -329,8 +368,8 @@ def test_a_jsonl_is_read_with_and_without_a_category(tmp_path):
     one, two = read(path)
     assert (one.id, one.task, one.category, two.category) == ("s0", "Do 0.", "", "b")
     assert one.image == str(tmp_path / "0.png") and one.seconds == 0
-    assert places(one, "m", 1, 1) == ["s0.mp4"]
-    assert [places(one, "m", k, 2) for k in (1, 2)] == [["seed1/s0.mp4"], ["seed2/s0.mp4"]]
+    assert outputs(one, "m", 1, 1) == ["s0.mp4"]
+    assert [outputs(one, "m", k, 2) for k in (1, 2)] == [["seed1/s0.mp4"], ["seed2/s0.mp4"]]
 
 
 def test_texts_are_utf_8_in_any_locale(tmp_path):
@@ -346,17 +385,16 @@ def test_texts_are_utf_8_in_any_locale(tmp_path):
     assert said.splitlines() == [ascii(["把圆\u2028移到"]), ascii(["把圆移到方块"])]
 
 
-@pytest.mark.parametrize("row", [
-    {"id": 1, "image": "x", "task": "t"}, {"id": "a", "image": "x"}, ["a"], "a",
-    {"id": "a", "image": "x", "task": 7}, LINE | {"category": 1}])
-def test_a_line_that_does_not_fit_is_named_with_what_is_expected(tmp_path, row):
-    """An id that is no text, too."""
+@pytest.mark.parametrize("row", [{"image": "x", "task": "t"}, {"id": "a", "image": "x"}, ["a"], "a"])
+def test_a_line_that_does_not_fit_is_named(tmp_path, row):
+    """With what is expected."""
     path = write_lines(tmp_path / "x.jsonl", LINE, row)
     refused(path, "line 2", "texts id, image and task, and perhaps category")
 
 
 @pytest.mark.parametrize("text, word", [
     ("", "no samples"), ("{", "line 1"), (json.dumps(LINE | {"task": " "}), "no task"),
+    (json.dumps(LINE | {"task": 7}), "no task"), (json.dumps(LINE | {"id": 1}), "is no text"),
     (json.dumps(LINE) + "\n" + json.dumps(LINE | {"image": "y"}), "two samples s0")])
 def test_bad_lines_get_one_sentence(tmp_path, text, word):
     (tmp_path / "x.jsonl").write_text(text)
@@ -366,7 +404,7 @@ def test_bad_lines_get_one_sentence(tmp_path, text, word):
 @pytest.mark.parametrize("bad", [
     "..", ".", "", " ", "../x", "a/b", "/etc/x", "a\\b", "x" * 201, "a\0b", "a\nb", "\ud800",
     "... ", "a\u2028b"])
-def test_an_id_that_could_lead_out_of_the_folder_is_refused(tmp_path, bad):
+def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path, bad):
     (tmp_path / "x.jsonl").write_text(json.dumps(LINE | {"id": bad}))
     refused(tmp_path / "x.jsonl", "no sample id")
 
@@ -376,12 +414,11 @@ def test_a_folder_of_pictures_has_one_task_for_all(tmp_path, capsys):
     for name in ("b.png", "a.JPG", "c.webp", "d.avif", "e.jp2", "f.tga", "g.ppm", "h.ico"):
         picture(tmp_path / name)
     (tmp_path / "notes.txt").touch()
-    (tmp_path / ".hidden").touch()
     (tmp_path / "folder").mkdir()
     found = read(tmp_path, " Turn left. ")
     assert [x.id for x in found] == list("abcdefgh") and {x.task for x in found} == {"Turn left."}
     said = capsys.readouterr().err
-    assert said == "No pictures, skipped: .hidden, folder, notes.txt\n"
+    assert said == "No pictures, skipped: folder, notes.txt\n"
 
 
 def test_two_pictures_of_one_name_are_refused(tmp_path):

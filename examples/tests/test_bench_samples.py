@@ -385,7 +385,8 @@ def test_texts_are_utf_8_in_any_locale(tmp_path):
     assert said.splitlines() == [ascii(["把圆\u2028移到"]), ascii(["把圆移到方块"])]
 
 
-@pytest.mark.parametrize("row", [{"image": "x", "task": "t"}, {"id": "a", "image": "x"}, ["a"], "a"])
+@pytest.mark.parametrize(
+    "row", [{"image": "x", "task": "t"}, {"id": "a", "image": "x"}, ["a"], "a"])
 def test_a_line_that_does_not_fit_is_named(tmp_path, row):
     """With what is expected."""
     path = write_lines(tmp_path / "x.jsonl", LINE, row)

@@ -1,7 +1,7 @@
 """First-frame fidelity of a generator (App. A.4): does a clip begin with the picture it was given?
 
-    python -m examples.models.fidelity wan --images FOLDER --vgm examples/maze/tiny-wan
-    python -m examples.models.fidelity served --images FOLDER --url http://localhost:30000
+    python -m examples.bench.fidelity wan --images FOLDER --vgm examples/maze/tiny-wan
+    python -m examples.bench.fidelity served --images FOLDER --url http://localhost:30000
 
     sys.exit(fidelity.main(Mine))     # for a generator of your own, in its file
 
@@ -17,15 +17,14 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-import collabvr
-from collabvr import Problem, RecordedModels, explained, log
+from collabvr import RecordedModels, explained, log
 from examples.bench.run import GENERATORS
 from examples.bench.samples import Sample, samples
-from examples.bench.summary import ssim
+from examples.bench.summary import deviation, ssim
 from examples.cli import command, needed
 from examples.stats import Table
 
@@ -33,7 +32,7 @@ PAPER = {"Wan": 0.970, "Cosmos": 0.971, "Veo": 0.977, "Sora 2": 0.818}  # A.4, i
 WARNING = """\
 Every step starts from the last frame of the one before: a generator that draws its first frame
 anew, as the paper found of Sora 2 and left it out for, breaks the loop, whatever the VLM says."""
-VGM = TypeVar("VGM")
+VGM = TypeVar("VGM", bound=Any)
 
 
 @dataclass
@@ -50,17 +49,13 @@ class Fidelity(Generic[VGM]):
 
     def run(self) -> int:
         """Makes the clips that are not there yet and prints the table. Raises Problem."""
-        if self.clips < 1 or self.seconds <= 0 or self.seed < 0:
-            raise Problem("--clips and --seconds have to be above 0, --seed not below it.")
         needed("skimage.metrics")
         pictures = list(itertools.islice(samples(self.images, self.task), self.clips))
-        check = getattr(self.vgm, "check", None)
-        if check is not None:
-            check()
+        if hasattr(self.vgm, "check"):
+            self.vgm.check()
         found = [self.measure(x) for x in pictures]
-        std = float(np.std(found, ddof=1)) if len(found) > 1 else None
         name = getattr(self.vgm, "vgm", type(self.vgm).__name__)
-        rows: list[list] = [[name, len(found), float(np.mean(found)), std]]
+        rows: list[list] = [[name, len(found), float(np.mean(found)), deviation(found)]]
         for other, mean in PAPER.items():
             rows.append([f"{other} (the paper's)", None, mean, None])
         title = "First-frame fidelity (A.4): SSIM"
@@ -70,12 +65,8 @@ class Fidelity(Generic[VGM]):
 
     def measure(self, x: Sample) -> float:
         """The SSIM of a picture and frame 0 of its clip."""
-        folder = self.out / x.id
-        folder.mkdir(parents=True, exist_ok=True)
-        with explained(f"{x.id} cannot be read", OSError):
-            collabvr.write_file(folder / "picture", x.picture())
-        frame = collabvr.load_image(folder / "picture")
-        models = RecordedModels(self.vgm, None, folder, self.seed)
+        frame = x.picture()
+        models = RecordedModels(self.vgm, None, self.out / x.id, self.seed)
         clip = models.generate(models.begin(frame, x.task), x.task, self.seconds)
         with explained(f"{x.id} has no SSIM", ValueError):  # of a tiny clip
             return ssim(frame, clip.frames[0])
@@ -85,12 +76,12 @@ def main(vgm: type | None = None, argv: list[str] | None = None) -> int:
     """0: the table was printed; 2: something is wrong; 130: interrupted."""
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)  # which clip is being waited for
-    kinds: type | dict[str, type] = Fidelity[vgm]  # type: ignore[valid-type]
-    if vgm is None:
-        kinds = {}
-        for name, (module, kind) in GENERATORS.items():
-            kinds[name] = Fidelity[getattr(importlib.import_module(module), kind)]
-    return command(__doc__, kinds, argv)
+    kind: Any = Fidelity
+    if vgm is not None:
+        return command(__doc__, kind[vgm], argv)
+    shipped = {name: getattr(importlib.import_module(module), vgm_name)
+               for name, (module, vgm_name) in GENERATORS.items()}
+    return command(__doc__, {name: kind[one] for name, one in shipped.items()}, argv)
 
 
 if __name__ == "__main__":

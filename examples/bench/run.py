@@ -37,6 +37,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import filelock
 import numpy as np
+import tyro
 from PIL import Image
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 import collabvr
 from collabvr import Clip, CollabVR, Config, OpenAIVLM, Picture, Problem, write_file
-from examples.baselines import METHODS, Single
+from examples.baselines import METHODS, Single, Still
 from examples.bench.samples import Sample, places, samples
 from examples.cli import guarded, needed, program
 from examples.runs import read_json, read_lines, write_lines
@@ -89,7 +90,7 @@ class Options(Generic[VGM, VLM]):
     vlm: VLM
     vgm: VGM
     runs: Runs
-    method: str = ""  # "still", or a name of baselines.py (default: collabvr, or your own)
+    method: str = ""  # a name of examples/baselines.py (default: collabvr, or your own)
     task: str = ""  # what is to be done in all pictures of a folder
     fill_failed: bool = False  # a still video of the input in place of one that failed
 
@@ -103,21 +104,6 @@ class Which:
 @dataclass
 class Shipped(Which, Options[VGM, VLM], Generic[VGM, VLM]):
     """The options where the generator is one of ours."""
-
-
-class Still(Single):
-    """The floor of every score: the input picture, for as long as a first clip. Asks no model."""
-
-    def run(self, I0, q: str) -> collabvr.Result:
-        I0 = self.models.begin(I0, q)
-        return collabvr.Result(still(I0, self.config.seconds_first), "unverified", [1])
-
-
-def still(picture: Picture, seconds: float) -> Clip:
-    """A picture as a clip of Wan's size and rate."""
-    size = collabvr.fit(picture.shape[1], picture.shape[0], 16)
-    small = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
-    return Clip(np.repeat(np.array(small)[None], round(16 * seconds) + 1, axis=0), 16)
 
 
 # ------------------------------------------------------------------------------
@@ -165,7 +151,8 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / "failed.txt", f"{done.error}\n{done.details}".encode())
             if fill and not all(path.exists() for path in self.videos):
-                clip = still(self.sample.picture(), self.config.seconds_first)
+                still = Still(collabvr.Models(None, None), self.config)
+                clip = still.run(self.sample.picture(), self.sample.task).video
                 video = collabvr.mp4(clip)
                 write_file(self.folder / "still.mp4", video)  # what tells it from a run's video
                 self.deliver(video, clip.frames[-1])
@@ -187,7 +174,8 @@ def jobs_of(options: Options, name: str, method: type[CollabVR]) -> list[Job]:
         }
         for k in range(1, runs.seeds + 1):
             id = x.id if runs.seeds == 1 else f"{x.id}/seed{k}"
-            videos = [options.out / "videos" / y for y in places(x, name, k, runs.seeds)]
+            names = places(x, name, k, runs.seeds)
+            videos = [options.out / "videos" / place for place in names]
             shift = 100_000 * (k - 1)
             jobs.append(Job(
                 id, x, options.out / "runs" / id, videos, method, config, runs.seed + shift,
@@ -204,9 +192,8 @@ def settings_of(options: Options, name: str, method: type[CollabVR]) -> dict:
         settings["method.code"] = collabvr.digest(collabvr.identity(method.run))
     for kind, model in {"vlm": options.vlm, "generator": options.vgm}.items():
         known = collabvr.identity(model)
-        if isinstance(known, list):  # of a dataclass
-            _, fields, source = known
-            known = {**fields, "code": collabvr.digest(source)}
+        if not isinstance(known, dict):
+            known = {**asdict(model), "code": collabvr.digest(known)}
         settings[kind] = type(model).__name__
         settings |= {f"{kind}.{field}": value for field, value in known.items()}
     return json.loads(json.dumps(settings, default=str))
@@ -285,9 +272,11 @@ class Worker:
         logging.getLogger("collabvr").setLevel(logging.WARNING)  # a bar is shown, not every call
 
     def check(self, method: type[CollabVR]) -> None:
-        """Raises Problem if a model that the method asks cannot work. A Single asks no VLM."""
-        asked = [self.vgm] if issubclass(method, Single) else [self.vgm, self.vlm]
-        for model in asked if method is not Still else []:
+        """Raises Problem if a model that the method asks cannot work."""
+        asks = [self.vgm, self.vlm]
+        if issubclass(method, (Single, Still)):  # no VLM, or none at all
+            asks = [self.vgm] if issubclass(method, Single) else []
+        for model in asks:
             if hasattr(model, "check"):
                 model.check()
 
@@ -472,15 +461,12 @@ def main(
     """The command line, with a generator, VLM or method of one's own: the first two are
     dataclasses, whose fields become options. Returns the exit status: 0, every video is there; 1,
     some are not; 2, bad input; 130, interrupted."""
-    methods: dict[str, type[CollabVR]] = {**METHODS, "still": Still}
-    default = "collabvr"
-    if method is not None:
-        default = method.__name__
-        methods[default] = method
+    own = {} if method is None else {method.__name__: method}
+    methods: dict[str, type[CollabVR]] = {**METHODS, **own}
 
     def action() -> int:
         options = parse(vgm, vlm, argv)
-        name = options.method or default
+        name = options.method or next(iter(own), "collabvr")
         if name not in methods:
             raise Problem(f"--method is {name}: expected is one of {', '.join(methods)}.")
         return benchmark(options, name, methods[name])
@@ -490,8 +476,6 @@ def main(
 
 def parse(vgm: type | None, vlm: type, argv: list[str] | None) -> Options:
     """The options. --generator comes first: it says which others there are. Raises Problem."""
-    import tyro
-
     kind: Any = Options
     if vgm is None:
         kind = Shipped

@@ -28,7 +28,7 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from collabvr import Call, Problem, explained, write_file
 from examples.cli import command, needed
-from examples.runs import Run, load_run, read_lines
+from examples.runs import Run, load_run, read_lines, verdicts
 from examples.stats import Table, paired
 
 MEASURES = {  # of a sample, and what they are called
@@ -61,7 +61,7 @@ class Summary:
     def run(self) -> int:
         """Prints the tables and writes them. Raises Problem."""
         rows = self.read(self.results)
-        tables = [categories(rows), *distributions(rows), *verdicts(rows), self.calls(rows)]
+        tables = [categories(rows), *distributions(rows), *accepts(rows), self.calls(rows)]
         if self.fidelity:
             tables.append(fidelity(rows))
         if self.other:
@@ -234,38 +234,26 @@ def distributions(rows: list[dict]) -> list[Table]:
     return tables
 
 
-def attempts(calls: list[Call]) -> list[tuple[int, bool]]:
-    """(step, accepted) of every clip that a verifier judged. If a method asks it several times
-    about a clip, that is one attempt, and most of the verdicts count."""
-    judged: list[tuple[int, list[bool]]] = []
-    for call in calls:
-        if call.clip:
-            judged.append((call.t, []))
-        elif call.role == "verifier" and call.reply and judged:
-            judged[-1][1].append(call.reply.get("verdict") == "accept")
-    return [(t, 2 * sum(votes) > len(votes)) for t, votes in judged if votes]
-
-
-def verdicts(rows: list[dict]) -> list[Table]:
+def accepts(rows: list[dict]) -> list[Table]:
     """Tables 13 and 14. A step's last verdict is the final one, for an accept ends the step."""
-    steps: dict[tuple, list[bool]] = {}  # (sample, t): was it accepted, attempt by attempt
+    steps: dict[tuple, list[bool]] = {}  # (sample, t): was it accepted, clip by clip
     for row in rows:
-        for t, accepted in attempts(row["run"].calls):
-            steps.setdefault((row["id"], t), []).append(accepted)
+        for verdict in verdicts(row["run"].calls):
+            steps.setdefault((row["id"], verdict.t), []).append(verdict.accepted)
     groups = {
         "steps, at the first attempt": [tries[0] for tries in steps.values()],
         "steps, in the end": [tries[-1] for tries in steps.values()],
-        "verified clips": [accepted for tries in steps.values() for accepted in tries],
+        "verified clips": [x for tries in steps.values() for x in tries],
     }
-    accepts = Table("Accepted by the verifier (Table 13)",
+    accepted = Table("Accepted by the verifier (Table 13)",
                     ["", "verified", "accepted", "share"],
                     [[name, len(v), sum(v), mean(v)] for name, v in groups.items()])
-    rejects = Table("Final reject rate per step (Table 14)",
+    rejected = Table("Final reject rate per step (Table 14)",
                     ["step", "verified", "rejected", "share"], [])
     for t in sorted({t for _, t in steps}):
         finals = [not tries[-1] for (_, s), tries in steps.items() if s == t]
-        rejects.rows.append([str(t), len(finals), sum(finals), mean(finals)])
-    return [accepts, rejects]
+        rejected.rows.append([str(t), len(finals), sum(finals), mean(finals)])
+    return [accepted, rejected]
 
 
 def fidelity(rows: list[dict]) -> Table:

@@ -1,5 +1,7 @@
-"""A generator and a VLM for the benchmark's tests, also as a command: python -m
-examples.tests.painter. They need no time, and note what they are asked."""
+"""A generator and a VLM for the benchmark's tests: python -m examples.tests.painter.
+
+They need no time, and note what they are asked.
+"""
 
 import json
 import re
@@ -20,18 +22,6 @@ busy = threading.Lock()
 def note(folder: Path, text: str) -> None:
     with open(folder / "notes", "a") as file:
         file.write(text + "\n")
-
-
-@dataclass
-class Shade:
-    """All frames but the first are of one grey, which differs by seed."""
-
-    shade: int = 120
-
-    def __call__(self, frame, prompt, seconds, seed):
-        frames = np.repeat(frame[None], round(4 * seconds) + 1, 0)
-        frames[1:] = self.shade + seed
-        return Clip(frames, 4)
 
 
 @dataclass

@@ -84,18 +84,11 @@ def test_vbvr_bench_is_read_from_its_json_or_tree(tmp_path, as_json):
     assert outputs(found[0], "collabvr", 1, 1) == [f"{VBVR_IDS[0]}.mp4"]
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_vbvr_bench_may_be_a_relative_path(tmp_path, monkeypatch, as_json):
-    write_vbvr(tmp_path / "data" / "vb", as_json)
-    monkeypatch.chdir(tmp_path)
-    assert [x.id for x in read("data/vb")] == VBVR_IDS
-    monkeypatch.chdir(tmp_path / "data" / "vb")
-    assert [x.id for x in read(".")] == VBVR_IDS
-
-
-def test_the_json_file_itself_is_read(tmp_path):
-    write_vbvr(tmp_path, as_json=True)
-    assert [x.id for x in read(tmp_path / "VBVR-Bench.json")] == VBVR_IDS
+def test_vbvr_bench_may_be_a_relative_path(tmp_path, monkeypatch):
+    write_vbvr(tmp_path / "data" / "vb", as_json=True)
+    monkeypatch.chdir(tmp_path / "data")
+    for data in ("vb", "vb/VBVR-Bench.json"):
+        assert [x.id for x in read(data)] == VBVR_IDS
 
 
 def test_inferkits_folders_are_read(tmp_path):
@@ -178,6 +171,7 @@ def gen_vire_rows(count=3):
     return datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["saved", "saved split", "snapshot", "files", "one file"])
 def test_gen_vire_is_read_as_it_lies_around(tmp_path, kind):
     """As save_to_disk left it, or as parquet files: those of the hub's client in data/."""
@@ -206,12 +200,6 @@ def test_gen_vire_goes_into_five_run_folders():
         f"0_generated_videos/single/single_{k}/Spatial/maze/m_0.mp4" for k in range(5)]
     assert outputs(x, "single", 3, 5) == [
         "0_generated_videos/single/single_2/Spatial/maze/m_0.mp4"]
-
-
-def test_rows_of_another_table_are_refused(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "x.parquet")
-    refused(tmp_path / "x.parquet", "row 1", "main_category", "i2v_prompt")
 
 
 # ------------------------------------------------------------------------------
@@ -257,8 +245,6 @@ def test_videothinkbenchs_older_tasks_are_read(tmp_path):
 def test_a_manifest_without_its_prompt_is_refused(tmp_path):
     write_manifest(tmp_path, prompts={})
     refused(tmp_path, "canonical_manifest.jsonl, line 1", "prompts.ti2v")
-    write_manifest(tmp_path, prompts={"ti2v": None})
-    refused(tmp_path, "color_grid-00 has no task")
 
 
 # ------------------------------------------------------------------------------
@@ -327,13 +313,12 @@ def test_v_reasonbench_is_read_with_its_prompts(tmp_path):
             assert (found[name].name, found[name].task) == ((task, rest), prompt)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_v_reasonbenchs_videos_are_named_for_it(tmp_path, name):
+def test_v_reasonbenchs_videos_are_named_for_it(tmp_path):
     """<task>_<model>_[<subtype>_]<idx>_seed<N>, the model without an underscore."""
-    task, rest, _ = PICTURES[name]
-    (x,) = [x for x in read(write_v_reason(tmp_path)) if x.id == name]
-    names = [outputs(x, "my_method", k, 5)[0] for k in (1, 2, 3, 4, 5)]
-    assert names == [f"{task}_my-method_{rest}_seed{k}.mp4" for k in (1, 2, 3, 4, 5)]
+    for x in read(write_v_reason(tmp_path)):
+        task, rest, _ = PICTURES[x.id]
+        names = [outputs(x, "my_method", k, 5)[0] for k in (1, 2)]
+        assert names == [f"{task}_my-method_{rest}_seed{k}.mp4" for k in (1, 2)]
 
 
 def test_a_picture_without_a_prompt_is_named(tmp_path):
@@ -372,6 +357,7 @@ def test_a_jsonl_is_read_with_and_without_a_category(tmp_path):
     assert [outputs(one, "m", k, 2) for k in (1, 2)] == [["seed1/s0.mp4"], ["seed2/s0.mp4"]]
 
 
+@pytest.mark.slow
 def test_texts_are_utf_8_in_any_locale(tmp_path):
     """With or without a byte-order mark; U+2028 inside a text is no line end."""
     write_lines(tmp_path / "x.jsonl", LINE | {"task": "把圆\u2028移到"}, start="\ufeff")
@@ -420,12 +406,6 @@ def test_a_folder_of_pictures_has_one_task_for_all(tmp_path, capsys):
     assert [x.id for x in found] == list("abcdefgh") and {x.task for x in found} == {"Turn left."}
     said = capsys.readouterr().err
     assert said == "No pictures, skipped: folder, notes.txt\n"
-
-
-def test_two_pictures_of_one_name_are_refused(tmp_path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "a.jpg")
-    refused(tmp_path, "two samples a", task="Go.")
 
 
 def test_what_is_no_data_set_is_told_what_would_be_one(tmp_path):

@@ -411,13 +411,17 @@ def benchmark(options: Options, name: str, method: type[CollabVR]) -> int:
     there = len(mine) - len(failed) - len(busy)
     print(f"{len(mine)} runs: {there} done, {len(failed)} failed, {len(busy)} busy, {seconds:.1f} "
           f"s of video for what this start made. The videos are in {options.out / 'videos'}")
+    say_what_is_missing(failed, busy)
+    return 1 if failed or busy else 0
+
+
+def say_what_is_missing(failed: list[str], busy: list[str]) -> None:
     for what, ids in {"Failed": failed, "Busy, another process works on them": busy}.items():
         if ids:
             print(f"{what}: {', '.join(ids[:20])}{', ..' * (len(ids) > 20)}.", file=sys.stderr)
     if failed:
         print("failed.txt in the run folder says more. The same command tries them again. "
               "Evaluators that stop at a missing video need --fill-failed.", file=sys.stderr)
-    return 1 if failed or busy else 0
 
 
 @dataclass
@@ -430,12 +434,14 @@ class Stop:
 
     def look(self, job: Job, done: Done) -> None:
         """Takes note of a run that is over. Raises Problem."""
+        if not done.error:
+            self.made, self.alike = True, 0
+            return
         # names, numbers and paths differ where the cause is the same
         kind = re.sub(r"\S*[\d/\\]\S*", "", done.error.replace(job.id, ""))
-        self.made |= not done.error
         self.alike = self.alike + 1 if kind == self.kind else 1
         self.kind = kind
-        if done.error and self.alike == (10 if self.made else 5):
+        if self.alike == (10 if self.made else 5):
             raise Problem(f"{self.alike} runs in a row failed alike: {done.error} The same command "
                           "goes on with the others, and tries these last.")
 

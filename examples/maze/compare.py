@@ -3,7 +3,7 @@
     python -m examples.maze.compare
     python -m examples.maze.compare --methods single collabvr --mazes 10
     python -m examples.maze.compare --methods collabvr gemini qwen27b qwen9b
-    python -m examples.maze.compare --segments foreign --mazes 100 --methods route1 best1 replan1
+    python -m examples.maze.compare --segments foreign --mazes 100 --methods route1 best1 replan1 backtrack1
     python -m examples.maze.compare --vlm-url URL --vlm NAME --methods single collabvr
 
 The last one asks a VLM in place of the oracle, and says how well it supervises. Its table ends
@@ -12,7 +12,7 @@ with the floor, still, and the ceiling, which is CollabVR by the oracle.
 still .. collabvr are the methods of examples/baselines.py, best and replan CollabVR without its
 router. gemini, qwen27b and qwen9b are CollabVR by an oracle that errs at those VLMs' rates (the
 paper's Table 6). steps1 .. have other N_max; attempts1 .. are M2 with other M. route1, best1,
-replan1, and gemini-route1 .., have M = 1, so that what follows a rejection shows.
+replan1, backtrack1, and gemini-route1 .., have M = 1, so that what follows a rejection shows.
 
 The mazes come from seeds that training never used. Foreign ones are made and drawn by another
 program, in other palettes, and get as many steps as their path has segments, three at least. The
@@ -67,6 +67,7 @@ def methods() -> dict[str, Method]:
         found[f"attempts{k}"] = Method(baselines.M2, {"M": k})  # as in Fig. 13
     for policy in ("route", "best", "replan"):
         found[f"{policy}1"] = Method(CollabVR, {"on_exhausted": policy, "M": 1})
+    found["backtrack1"] = Method(baselines.Backtrack, {"M": 1})
     for name, reader in READERS.items():
         found[name] = Method(CollabVR, reader=reader)
         for policy in ("route1", "best1", "replan1"):
@@ -77,8 +78,7 @@ def methods() -> dict[str, Method]:
 
 METHODS = methods()
 Name: Any = Literal[tuple(METHODS)]
-HEADLINE = [
-    "single", "pass2", "pass4", "videotpo", "preplan", "m1", "m2", "collabvr", "best", "replan"]
+HEADLINE = ["single", "pass4", "videotpo", "preplan", "m1", "m2", "collabvr"]
 NUMBERS = ["steps", "regenerations", "clips", "vlm_calls", "vgm_seconds"]
 
 
@@ -176,7 +176,7 @@ class Compare(Generic[VLM]):
     # straight pieces of the shortest path, or foreign
     segments: list[Literal["1", "2", "3", "4", "foreign"]] = field(
         default_factory=lambda: ["1", "2", "3"])
-    mazes: Annotated[int, Field(ge=1)] = 35  # for each number of segments
+    mazes: Annotated[int, Field(ge=1)] = 20  # for each number of segments
     seed: Annotated[int, Field(ge=0)] = 0  # of the mazes
     vgm: Path = Path(TinyWan.vgm)  # a checkpoint like tiny-wan
     workers: Annotated[int, Field(ge=1)] = 2  # processes, one thread each

@@ -990,7 +990,7 @@ def test_what_is_no_picture_is_told_so(tmp_path):
     for name in ("cut.png", "text.png", "nowhere.png", "folder"):
         refused(name, "cannot be read as a picture")
     whole.save(tmp_path / "script.png", "EPS")
-    refused("script.png", "is PostScript")  # Pillow would start Ghostscript
+    refused("script.png", "cannot be read as a picture")  # Pillow would start Ghostscript
     Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save(tmp_path / "deep.png")
     refused("deep.png", "8 bits")
     for size in ((8193, 20), (8000, 8000), (15, 100)):
@@ -1172,6 +1172,7 @@ def test_another_model_that_answers_is_told_once(endpoint, caplog):
 @pytest.mark.parametrize("body, headers, seconds", [
     ({"error": {"details": [{"retryDelay": "7.5s"}]}}, {}, 7.5),  # Google
     ({"error": {}}, {"Retry-After": "3"}, 3),
+    ({"error": {}}, {"Retry-After": "Wed, 02 Dec 2026 07:28:00 GMT"}, 20),
     ({"error": {}}, {}, 20)])
 def test_a_429_is_waited_for_as_it_says(body, headers, seconds, endpoint, waits, caplog):
     """In the body, in a header, or nowhere. The log tells it."""
@@ -1372,6 +1373,18 @@ def test_a_folder_of_another_run_is_refused(others, job, capsys):
     assert REFUSED in refused(capsys, job)
 
 
+def test_a_shorter_run_does_not_replace_a_longer(tmp_path):
+    """It is another run, although each call that it makes is recorded."""
+    always = plan(), reject(), route("regen"), reject()
+    run = go(*always, folder=tmp_path, N_max=1, M=1)
+    video = run.models.save(run.result).read_bytes()
+    models = c.RecordedModels(Painter(), Script(), tmp_path)
+    config = c.Config(N_max=1, M=1, on_exhausted="best", seconds_first=2)
+    with pytest.raises(c.Problem, match="another picture, task, setting"):
+        models.save(c.CollabVR(models, config).run(I0, "solve the maze"))
+    assert (tmp_path / "video.mp4").read_bytes() == video
+
+
 @pytest.mark.parametrize("others, told", [
     ({"image": "nowhere.png"}, "nowhere.png cannot be read as a picture"),
     ({"image": __file__}, "cannot be read as a picture"),
@@ -1388,10 +1401,10 @@ def test_bad_input_is_told_so(others, told, job, capsys):
 
 @pytest.mark.parametrize("others, told", [
     ({}, "No API key for https://generativelanguage.googleapis.com/"),
-    ({"vlm_url": "localhost:8000/v1"}, "a base URL looks like"),
-    ({"vlm_url": "ftp://example.org/v1"}, "a base URL looks like"),
-    ({"vlm_url": "http://user:secret@example.org/v1"}, "a base URL looks like"),
-    ({"vlm_url": "http://example.org/v1?key=secret"}, "a base URL looks like"),
+    ({"vlm_url": "localhost:8000/v1"}, "vlm_url"),
+    ({"vlm_url": "ftp://example.org/v1"}, "vlm_url"),
+    ({"vlm_url": "http://user:secret@example.org/v1"}, "vlm_url"),
+    ({"vlm_url": "http://example.org/v1?key=secret"}, "vlm_url"),
     ({"temperature": "inf"}, "temperature"), ({"verify_fps": 0}, "verify_fps"),
     ({"video_input": "video"}, "--video-input"), ({"request_extra": "{"}, "request_extra"),
     ({"request_extra": "[]"}, "not a JSON object")])

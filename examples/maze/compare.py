@@ -3,7 +3,7 @@
     python -m examples.maze.compare
     python -m examples.maze.compare --methods single collabvr --mazes 10
     python -m examples.maze.compare --methods collabvr gemini qwen27b qwen9b
-    python -m examples.maze.compare --segments foreign --mazes 100 --methods route1 best1 replan1 backtrack1
+    python -m examples.maze.compare --segments foreign --mazes 100 --methods route1 backtrack1
     python -m examples.maze.compare --vlm-url URL --vlm NAME --methods single collabvr
 
 The last one asks a VLM in place of the oracle, and says how well it supervises. Its table ends

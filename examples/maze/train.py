@@ -33,12 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch.nn import functional as F
@@ -58,31 +53,32 @@ TOKENS = 96  # of a prompt at most, four corrections included
 
 @dataclass(frozen=True)
 class Train:
-    """Train tiny-wan from nothing."""
+    """Train tiny-wan from nothing. All that decides what comes out stands here."""
 
     work: Path = Path("runs/train")  # checkpoints and latents; the same command goes on from them
     seed: int = 0  # of clips, noise and first weights
-    save_every: int = 100  # batches
+    save_every: int = 100  # batches; so many are lost at most
 
-    # the budget, in batches
-    pictures: int = 12000
-    clips: int = 4000
-    latents: int = 1250
-    flows: int = 5000
+    # the budget
+    pictures: int = 12000  # batches of stage 1
+    clips: int = 4000  # batches of stage 2
+    latents: int = 1250  # batches of stage 3, of four clips
+    flows: int = 5000  # batches of stage 4
 
     # the autoencoder: 4x in time, 8x in space
-    encoder_width: int = 16
-    decoder_width: int = 32
+    encoder_width: int = 16  # channels
+    decoder_width: int = 32  # channels
     channels: int = 16  # of a latent
-    trips: int = 2  # through it in a row, as the loop makes them
-    frames: int = 32  # of 4 x 4 cells in a batch
-    autoencoder_rate: float = 2e-3  # the highest learning rate
+    trips: int = 2  # through the autoencoder in a row, as the loop makes them
+    picture_frames: int = 8  # in a batch of stage 1, of 4 x 4 cells
+    clip_frames: int = 34  # in a batch of stage 2
+    autoencoder_rate: float = 2e-3  # the highest learning rate of stage 1; half of it in stage 2
 
     # the transformer, one token a cell
-    layers: int = 6
+    layers: int = 6  # of the transformer
     heads: int = 3  # of 64 channels
-    tokens: int = 4320  # in a batch
-    transformer_rate: float = 1.5e-3
+    tokens: int = 4320  # in a batch of stage 4
+    transformer_rate: float = 1.5e-3  # the highest learning rate of stage 4
 
     @property
     def out(self) -> Path:
@@ -188,9 +184,8 @@ def adam(parameters, rate: float) -> torch.optim.Optimizer:
 def train_autoencoder(settings: Train) -> AutoencoderKLWan:
     torch.manual_seed(settings.seed)
     vae = new_autoencoder(settings).to(DEVICE)
-    rate = settings.autoencoder_rate
-    vae = autoencoder_stage(settings, "pictures", settings.pictures, vae, rate, [1])
-    vae = autoencoder_stage(settings, "clips", settings.clips, vae, rate / 2, [1, 5, NUM_FRAMES])
+    vae = autoencoder_stage(settings, "pictures", vae, [1])
+    vae = autoencoder_stage(settings, "clips", vae, [1, 5, NUM_FRAMES])
     return vae.requires_grad_(False).eval()
 
 
@@ -203,13 +198,17 @@ def new_autoencoder(settings: Train) -> AutoencoderKLWan:
         in_channels=12, out_channels=12, latents_mean=[0.0] * z, latents_std=[1.0] * z)
 
 
-def autoencoder_stage(settings: Train, name: str, batches: int, vae: AutoencoderKLWan,
-                      rate: float, lengths: list[int]) -> AutoencoderKLWan:
+def autoencoder_stage(settings: Train, name: str, vae: AutoencoderKLWan,
+                      lengths: list[int]) -> AutoencoderKLWan:
     """Its moving average after a stage of reconstruction. lengths: of the clips, in frames."""
+    first = name == "pictures"
+    batches = settings.pictures if first else settings.clips
+    frames = settings.picture_frames if first else settings.clip_frames
+    rate = settings.autoencoder_rate if first else settings.autoencoder_rate / 2
     stage = Stage(settings, name, batches, vae, [adam(vae.parameters(), rate)])
     for i in stage.steps():
         rng = np.random.default_rng([settings.seed, len(lengths), i])
-        films, boards = cuttings(rng, int(rng.choice(lengths)), settings.frames)
+        films, boards = cuttings(rng, int(rng.choice(lengths)), frames)
         x = video(films)
         things = ((x - video(boards)).abs().amax(1, keepdim=True) > 0.1).float()  # circle and goal
         weight = 1 + 8 * things + 12 * moving(x).float()
@@ -369,11 +368,13 @@ def normalise(vae, data: list[dict]) -> None:
 # Stage 4: transformer and text encoder
 
 
-def train_transformer(settings: Train, vae, data: list[dict]) -> WanImageToVideoPipeline:
-    """Rectified flow with shift 3 in bf16.
+def train_transformer(settings: Train, vae, data: list[dict]):
+    """The pipeline. The transformer learns rectified flow with shift 3 in bf16.
 
-    The text encoder learns with the transformer. Muon trains the matrices of the blocks.
+    The text encoder learns with it. Muon trains the matrices of the blocks.
     """
+    from diffusers import WanImageToVideoPipeline  # here: it warns when it is imported
+
     torch.manual_seed(settings.seed)
     normalise(vae, data)
     tokenizer = new_tokenizer([prompt for batch in data for prompt in batch["prompts"]])
@@ -460,7 +461,7 @@ def new_modules(settings: Train, vocabulary: int) -> torch.nn.ModuleDict:
         {"text_encoder": UMT5EncoderModel(text), "transformer": transformer})
 
 
-def save(pipe: WanImageToVideoPipeline, out: Path) -> None:
+def save(pipe, out: Path) -> None:
     """The diffusers folder. bf16 would round the VAE's colours."""
     pipe.vae.to(torch.float16)
     pipe.transformer.to(torch.bfloat16)

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class Stage:
         self.save_every = settings.save_every
         self.batches, self.optimizers = batches, optimizers
         self.modules = modules.requires_grad_(True)
-        self.average = copy.deepcopy(modules).requires_grad_(False)
+        self.average: Any = copy.deepcopy(modules).requires_grad_(False)
         self.i = 0
         if self.path.exists():
             self.load()
@@ -181,7 +182,7 @@ def adam(parameters, rate: float) -> torch.optim.Optimizer:
 # Stages 1 and 2: the autoencoder
 
 
-def train_autoencoder(settings: Train) -> AutoencoderKLWan:
+def train_autoencoder(settings: Train):
     torch.manual_seed(settings.seed)
     vae = new_autoencoder(settings).to(DEVICE)
     vae = autoencoder_stage(settings, "pictures", vae, [1])
@@ -189,7 +190,7 @@ def train_autoencoder(settings: Train) -> AutoencoderKLWan:
     return vae.requires_grad_(False).eval()
 
 
-def new_autoencoder(settings: Train) -> AutoencoderKLWan:
+def new_autoencoder(settings: Train):
     """Wan's video autoencoder; two of the 8x in space are patches."""
     z = settings.channels
     return AutoencoderKLWan(
@@ -198,8 +199,7 @@ def new_autoencoder(settings: Train) -> AutoencoderKLWan:
         in_channels=12, out_channels=12, latents_mean=[0.0] * z, latents_std=[1.0] * z)
 
 
-def autoencoder_stage(settings: Train, name: str, vae: AutoencoderKLWan,
-                      lengths: list[int]) -> AutoencoderKLWan:
+def autoencoder_stage(settings: Train, name: str, vae, lengths: list[int]):
     """Its moving average after a stage of reconstruction. lengths: of the clips, in frames."""
     first = name == "pictures"
     batches = settings.pictures if first else settings.clips
@@ -392,10 +392,10 @@ def train_transformer(settings: Train, vae, data: list[dict]):
     stage = Stage(settings, "transformer", settings.flows, modules, optimizers)
     for i in stage.steps():
         rng = np.random.default_rng([settings.seed, 5, i])
-        n = int(rng.choice(list(rows)))
-        count = max(1, settings.tokens // (5 * n**2))
-        pick = torch.from_numpy(rng.integers(len(rows[n]["x"]), size=count))
-        batch = {key: value[pick].to(DEVICE) for key, value in rows[n].items()}
+        width = int(rng.choice(list(rows)))
+        clips = max(1, settings.tokens // (5 * (width // 2) ** 2))
+        pick = torch.from_numpy(rng.integers(len(rows[width]["x"]), size=clips))
+        batch = {key: value[pick].to(DEVICE) for key, value in rows[width].items()}
         stage.step(flow_loss(modules, batch, torch.Generator(DEVICE).manual_seed(i)))
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
@@ -448,14 +448,14 @@ def by_size(data: list[dict], tokenizer) -> dict[int, dict[str, torch.Tensor]]:
     return rows
 
 
-def new_modules(settings: Train, vocabulary: int) -> torch.nn.ModuleDict:
+def new_modules(settings: Train, vocabulary: int):
     """Wan's transformer with A14B's inputs (noise, mask, condition); a text encoder of two layers.
     """
     z = settings.channels
     text = UMT5Config(
         vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         dropout_rate=0.0, pad_token_id=0, decoder_start_token_id=0)
-    transformer = WanTransformer3DModel(
+    transformer: Any = WanTransformer3DModel(
         num_attention_heads=settings.heads, attention_head_dim=64, in_channels=2 * z + 4,
         out_channels=z, text_dim=64, freq_dim=64, ffn_dim=256 * settings.heads,
         num_layers=settings.layers, rope_max_seq_len=64)

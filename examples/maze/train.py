@@ -70,7 +70,7 @@ class Train:
     encoder_width: int = 16  # channels
     decoder_width: int = 32  # channels
     channels: int = 16  # of a latent
-    trips: int = 2  # through the autoencoder in a row, as the loop makes them
+    trips: int = 2  # through the autoencoder in a row, from a quarter of stage 1 on
     picture_frames: int = 8  # in a batch of stage 1, of 4 x 4 cells
     clip_frames: int = 34  # in a batch of stage 2
     autoencoder_rate: float = 2e-3  # the highest learning rate of stage 1; half of it in stage 2
@@ -217,7 +217,8 @@ def autoencoder_stage(settings: Train, name: str, vae, lengths: list[int]):
         things = ((x - video(boards)).abs().amax(1, keepdim=True) > 0.1).float()  # circle and goal
         weight = 1 + 8 * things + 12 * moving(x).float()
         weight[:, :, 0] *= 1 + x.shape[2] / 8  # the next clip starts from a frame 0
-        stage.step(chained(vae, x, weight, things, settings.trips))
+        early = first and i < batches // 4  # what is still grey learns nothing from a second trip
+        stage.step(chained(vae, x, weight, things, 1 if early else settings.trips))
     return stage.average
 
 

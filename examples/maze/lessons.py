@@ -42,7 +42,7 @@ def any_look(rng: np.random.Generator) -> world.Look:
         colours = [any_colour(rng) for _ in range(4)]
         if world.told_apart(colours):
             half = rng.choice([rng.uniform(0.27, 0.42), 0.5], p=[0.85, 0.15])
-            return world.Look(*colours, radius=rng.uniform(0.27, 0.41), half=half)
+            return world.Look(*colours, radius=rng.uniform(0.27, 0.41), half=half)  # type: ignore
 
 
 def any_colour(rng: np.random.Generator) -> world.Colour:

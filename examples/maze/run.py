@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -68,20 +69,23 @@ def run(argv: list[str]) -> int:
     options, others = tyro.cli(Options, args=argv, return_unknown_args=True)
     stem = options.image.stem if options.image else f"maze-{options.maze_seed}"
     out = options.out or Path("runs", stem)
-    image = options.image or out.with_name(f"{out.name}.png")
-    if options.image is None:
-        image.parent.mkdir(parents=True, exist_ok=True)
-        maze = world.make(6, 3, np.random.default_rng([2026, options.maze_seed]))
-        iio.imwrite(image, world.draw(maze))
-    with collabvr.explained(f"{image} shows no maze that can be read", ValueError):
-        maze = rule.maze_of(collabvr.load_image(image))
-    status = collabvr.main(TinyWan, supervisor(argv), [
-        "--image", str(image), "--task", world.task(maze), "--out", str(out),
-        "--seconds-first", str(SECONDS), "--seconds-next", str(SECONDS), *others])
+    with tempfile.TemporaryDirectory() as drawings:
+        image = options.image or Path(drawings, f"{stem}.png")
+        if options.image is None:
+            iio.imwrite(image, world.draw(world.make(6, 3, rng_of(options.maze_seed))))
+        with collabvr.explained(f"{image} shows no maze that can be read", ValueError):
+            maze = rule.maze_of(collabvr.load_image(image))
+        status = collabvr.main(TinyWan, supervisor(argv), [
+            "--image", str(image), "--task", world.task(maze), "--out", str(out),
+            "--seconds-first", str(SECONDS), "--seconds-next", str(SECONDS), *others])
     if status == 0:
         print(f"{'by rule':17} {add_score(out, maze)}")
         print(f"{'page':17} python -m examples.report {out}")
     return status
+
+
+def rng_of(maze_seed: int) -> np.random.Generator:
+    return np.random.default_rng([2026, maze_seed])
 
 
 def add_score(out: Path, maze: world.Maze) -> str:

@@ -403,6 +403,7 @@ def test_help_shows_what_tiny_wan_was_trained_for(capsys):
 # compare.py
 
 
+@pytest.mark.slow
 def test_a_vlm_stands_between_floor_and_ceiling(stub, tmp_path, capsys):
     argv = [*stub.options, "--methods", "single", "collabvr", "--segments", "1", "--mazes", "1",
             "--workers", "1", "--out", str(tmp_path)]

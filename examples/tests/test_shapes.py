@@ -92,6 +92,10 @@ README = (ROOT / "README.md").read_text().replace("\\\n", " ")  # a line that go
 COMMANDS = [
     command for command in re.findall(r"python (collabvr\.py [^`\n]+)", README)
     if "--help" not in command]
+for cell in re.findall(r"\n\| \d+ GB \|[^|]*\|([^|]*)\|", README):  # checkpoints by card
+    options = " ".join(re.findall("`([^`]*)`", cell))
+    before = COMMANDS[-1] if "the same" in cell else "collabvr.py"
+    COMMANDS.append(f"{before} {options}")
 
 
 class Parsed(c.Wan):

@@ -53,7 +53,7 @@ def row(capsys):
     return capsys.readouterr().out.splitlines()[2].split()[1:]
 
 
-def test_a_generator_that_keeps_its_first_frame_scores_1(world, capsys):
+def test_a_generator_that_keeps_its_frame_scores_1(world, capsys):
     """And one that ignores it does not."""
     pytest.importorskip("skimage")
     assert measure(world) == 0

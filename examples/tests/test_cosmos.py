@@ -123,7 +123,7 @@ def test_a_clip_starts_from_the_frame(tiny):
 
 
 @pytest.mark.slow
-def test_what_the_guardrail_refuses_is_a_failed_generation(tiny):
+def test_what_the_guardrail_refuses_is_a_failure(tiny):
     with pytest.raises(c.Problem, match="failed twice in a row .*Guardrail detected unsafe text"):
         c.Models(tiny, None).generate(FRAME, "Show a weapon.", 0.5)
 
@@ -156,7 +156,7 @@ def test_what_cannot_work_is_refused_at_the_start(packages, monkeypatch):
         cosmos.Cosmos(flow_shift=3).check()
 
 
-def test_the_settings_that_change_a_clip_are_its_identity():
+def test_settings_that_change_clips_are_its_identity():
     default = cosmos.Cosmos()
     assert (default.fps, default.sampling_steps, default.guidance_scale) == (16, 36, 7)
     assert default.identity == cosmos.Cosmos(offload="group").identity

@@ -163,7 +163,7 @@ def test_a_lora_changes_each_expert(two, tmp_path):
     assert (moved != clip(without)).any()
 
 
-def test_a_lora_that_would_do_nothing_gets_one_sentence(two, one, tmp_path, monkeypatch):
+def test_a_lora_that_would_do_nothing_is_told_so(two, one, tmp_path, monkeypatch):
     pytest.importorskip("peft", reason="in examples/requirements.txt")
     from safetensors.torch import save_file
 
@@ -197,7 +197,7 @@ def test_a_missing_attention_backend_gets_one_sentence(two):
             _ = FastWan(vgm=two, attention=name).pipe
 
 
-def test_on_a_gpu_the_weights_are_small_before_they_move(two, monkeypatch):
+def test_weights_are_small_before_they_move(two, monkeypatch):
     """A GPU that cannot multiply in 8 bits is refused before anything is loaded."""
     seen = []
     for name, answer in {

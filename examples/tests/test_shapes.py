@@ -66,7 +66,7 @@ def test_a_negative_prompt_needs_guidance(saved, shape):
 
 
 @pytest.mark.parametrize("flow_shift, high_noise", [(None, 6), (3.0, 6), (5.0, 8)])
-def test_flow_shift_moves_steps_to_the_high_noise_expert(saved, flow_shift, high_noise):
+def test_flow_shift_moves_steps_to_the_other_expert(saved, flow_shift, high_noise):
     """Of 20 steps, each of which is two passes."""
     vgm = c.Wan(vgm=saved("a14b"), flow_shift=flow_shift)
     passes = {"transformer": 0, "transformer_2": 0}

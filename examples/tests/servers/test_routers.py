@@ -142,7 +142,7 @@ def test_a_job_that_failed_is_a_failure_and_no_clip(router, request):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_wrong_model_is_found_before_a_job_is_ordered(router, request):
+def test_a_wrong_model_is_found_before_an_order(router, request):
     """SGLang would take the job."""
     url = request.getfixturevalue(router)
     with pytest.raises(c.Problem, match=f"serves {MODEL}, not another"):

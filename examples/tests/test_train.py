@@ -117,6 +117,7 @@ def test_drift_is_counted_in_levels():
     np.testing.assert_allclose(off, np.repeat([[2], [6], [12]], 3, 1), atol=0.01)
 
 
+@pytest.mark.slow
 def test_drift_of_the_shipped_weights():
     vae = AutoencoderKLWan.from_pretrained(SHIPPED, subfolder="vae", torch_dtype=torch.float32)
     floor, wall, circle = drift.drift(vae, 3)[-1]

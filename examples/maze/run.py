@@ -11,6 +11,9 @@ Oracle, a Python function. All other options are collabvr.py's; image and task n
 
 from __future__ import annotations
 
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("Run it as: python -m examples.maze.run")
+
 import json
 import sys
 import tempfile

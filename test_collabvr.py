@@ -1373,6 +1373,17 @@ def test_a_folder_of_another_run_is_refused(others, job, capsys):
     assert REFUSED in refused(capsys, job)
 
 
+def test_a_source_may_be_edited_during_a_run(tmp_path, monkeypatch):
+    """The calls that follow are still those of the model that began."""
+    file = tmp_path / "mine.py"
+    file.write_text("def vgm(frame, prompt, seconds, seed): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = __import__("mine")
+    began = c.identity(mine.vgm)
+    file.write_text("# another line\ndef vgm(frame, prompt, seconds, seed): ...\n")
+    assert c.identity(mine.vgm) == began
+
+
 def test_a_shorter_run_does_not_replace_a_longer(tmp_path):
     """It is another run, although each call that it makes is recorded."""
     always = plan(), reject(), route("regen"), reject()
